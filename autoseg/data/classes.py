@@ -1,0 +1,132 @@
+"""Classes and what one annotation says about another: three-valued logic on rows of states.
+
+A state row holds, for every class, absent (0), present (1) or unknown (2). What may be inferred, and nothing else::
+
+    a part present            -> the composite present
+    all parts known, none     -> the composite absent
+    the composite absent      -> every part absent
+    a class present           -> every class disjoint from it absent
+
+Annotation beats inference; a contradiction is counted. Cost depends on the number of rows, never on voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.errors import DataError
+from autoseg.schema import ClassEntry, ClassTable, decode, load_as, nearest
+
+ABSENT, PRESENT, UNKNOWN = 0, 1, 2
+States = NDArray[np.uint8]
+
+
+@cache
+def cellmap_table() -> ClassTable:
+    """Return the 74 classes of the CellMap challenge; classes that share no atom exclude each other."""
+    content = resources.files("autoseg.data").joinpath("cellmap_classes.json").read_bytes()
+    table: ClassTable = decode(content, ClassTable, "cellmap_classes.json")
+    return table
+
+
+def table_of(data_root: Path) -> ClassTable:
+    """Return the class table of a data set: its own `classes.json` over the challenge's."""
+    own_path = data_root / "classes.json"
+    return merge(cellmap_table(), load_as(own_path, ClassTable)) if own_path.is_file() else cellmap_table()
+
+
+def merge(base: ClassTable, own: ClassTable) -> ClassTable:
+    """Return `base` with the entries of `own` added or put in their place."""
+    entries = {entry.name: entry for entry in base.classes} | {entry.name: entry for entry in own.classes}
+    return ClassTable(classes=tuple(entries.values()), disjoint=base.disjoint + own.disjoint)
+
+
+def select(table: ClassTable, names: Iterable[str]) -> tuple[ClassEntry, ...]:
+    """Return the entries of these classes in that order; DataError suggests a near name for an unknown one."""
+    entries = {entry.name: entry for entry in table.classes}
+    chosen = []
+    for name in names:
+        if name not in entries:
+            near = nearest(name, list(entries))
+            raise DataError(
+                name, "is not a class of the table", f"did you mean {near}?" if near else "add it to classes.json"
+            )
+        chosen.append(entries[name])
+    return tuple(chosen)
+
+
+class Logic:
+    """The relations of a class table, ready to complete rows of states."""
+
+    def __init__(self, table: ClassTable) -> None:
+        self.names = tuple(entry.name for entry in table.classes)
+        self._index = {name: i for i, name in enumerate(self.names)}
+        atoms = {e.name: frozenset(e.components) or frozenset({e.name}) for e in table.classes}
+        for entry in table.classes:
+            missing = [part for part in entry.components if part not in self._index]
+            if missing:
+                raise DataError(entry.name, f"component {missing[0]!r} is not a class", "add it to classes.json")
+        num = len(self.names)
+        self._part_of = np.zeros((num, num), dtype=bool)  # [part, composite]
+        self._components = np.zeros((num, num), dtype=bool)
+        self._disjoint = np.zeros((num, num), dtype=bool)
+        for i, a in enumerate(table.classes):
+            for j, b in enumerate(table.classes):
+                self._part_of[i, j] = i != j and bool(b.components) and atoms[a.name] < atoms[b.name]
+                self._components[i, j] = a.name in b.components
+                official = a.id is not None and b.id is not None
+                self._disjoint[i, j] = i != j and official and not atoms[a.name] & atoms[b.name]
+        for group in table.disjoint:
+            members = [self._index[name] for name in group if name in self._index]
+            for i in members:
+                self._disjoint[i, [j for j in members if j != i]] = True
+
+    def rows(self, states_CK: States, names: Sequence[str]) -> States:
+        """Spread states of the annotated classes `names` over all classes of the table, the others unknown."""
+        rows = np.full((states_CK.shape[0], len(self.names)), UNKNOWN, dtype=np.uint8)
+        rows[:, [self._index[name] for name in names]] = states_CK
+        return rows
+
+    def columns(self, names: Sequence[str]) -> list[int]:
+        """Return the column of each of these classes."""
+        return [self._index[name] for name in names]
+
+    def complete(self, annotated_CK: States) -> tuple[States, NDArray[np.bool_]]:
+        """Return (states with everything that follows, contradictions), both (rows, classes of the table).
+
+        Inference is repeated until nothing new follows. Where two inferences disagree the class stays unknown.
+        """
+        says_present = np.zeros(annotated_CK.shape, dtype=bool)
+        says_absent = np.zeros(annotated_CK.shape, dtype=bool)
+        has_components = self._components.any(axis=0)
+        states = annotated_CK.copy()
+        while True:
+            present, absent = states == PRESENT, states == ABSENT
+            says_present |= _any(present, self._part_of)
+            says_absent |= _any(absent, self._part_of.T)
+            says_absent |= _any(present, self._disjoint)
+            says_absent |= ~_any(~absent, self._components) & has_components
+            inferred = np.where(says_present, PRESENT, ABSENT)
+            decided = (says_present ^ says_absent) & (annotated_CK == UNKNOWN)
+            new = np.where(decided, inferred, annotated_CK).astype(np.uint8)
+            if np.array_equal(new, states):
+                break
+            states = new
+        conflicts = (
+            (annotated_CK == PRESENT) & says_absent
+            | (annotated_CK == ABSENT) & says_present
+            | (annotated_CK == UNKNOWN) & says_present & says_absent
+        )
+        return states, conflicts
+
+
+def _any(flags_CK: NDArray[np.bool_], relation_KK: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return for each class whether any class related to it (rows of the relation) is flagged."""
+    related: NDArray[np.bool_] = (flags_CK.astype(np.float32) @ relation_KK.astype(np.float32)) > 0
+    return related

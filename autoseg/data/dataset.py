@@ -1,0 +1,215 @@
+"""What there is: the crops of a data set in the CellMap layout, opened in place and never written to.
+
+::
+
+    DATA/datasplit.csv                                                    optional; fixes the split
+    DATA/classes.json                                                     optional; classes of this data set
+    DATA/{dataset}/{dataset}.zarr/recon-1/em/{em}/s0 s1 ...
+    DATA/{dataset}/{dataset}.zarr/recon-1/labels/groundtruth/crop{N}/{class}/s0 ...
+
+A class folder means: annotated in this crop (and absent where 0). No folder means: unknown.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from autoseg.data import store
+from autoseg.data.classes import table_of
+from autoseg.errors import AutosegError, DataError
+from autoseg.geometry import Grid
+from autoseg.schema import ClassTable, LeftOut
+
+RECON = "recon-1"
+GROUNDTRUTH = f"{RECON}/labels/groundtruth"
+EM_NAME = "fibsem-uint8"
+MAX_LEFT_OUT_SHARE = 0.2
+SplitName = Literal["train", "validate"]
+
+
+class LabelArray(NamedTuple):
+    """One annotated class of a crop: where its finest level is and what its values mean."""
+
+    name: str
+    path: Path
+    instance: bool
+    absent: int
+    unknown: int | None
+
+
+class Crop(NamedTuple):
+    """One annotated box and the EM volume it lies in."""
+
+    name: str
+    em: Path
+    grid: Grid
+    labels: tuple[LabelArray, ...]
+    split: SplitName | None
+
+    @property
+    def volume(self) -> str:
+        """Name of the data set (EM volume) that holds the crop."""
+        return self.name.rsplit("/", 1)[0]
+
+
+class Dataset(NamedTuple):
+    """All usable crops, every one that is not with its reason, the class table, and the EM volumes."""
+
+    root: Path
+    crops: tuple[Crop, ...]
+    left_out: tuple[LeftOut, ...]
+    table: ClassTable
+    volumes: dict[str, Path]
+
+    def crop(self, name: str) -> Crop:
+        """Return the crop of that name, `dataset/cropN`."""
+        for crop in self.crops:
+            if crop.name == name:
+                return crop
+        raise DataError(self.root, f"has no crop {name}", f"it has {', '.join(c.name for c in self.crops[:8])}")
+
+
+def open_dataset(data: Path) -> Dataset:
+    """Open a folder in the CellMap layout, or a datasplit.csv that points at such zarrs."""
+    if data.suffix == ".csv":
+        root, rows = data.parent, list(_read_datasplit(data))
+    elif not data.is_dir():
+        raise DataError(data, "is not a folder", "pass a folder in the CellMap layout, or make one: autoseg import")
+    else:
+        root = data
+        csv_path = data / "datasplit.csv"
+        rows = list(_read_datasplit(csv_path)) if csv_path.is_file() else list(_scan(data))
+    volumes = {zarr_path.stem: zarr_path for zarr_path in sorted(root.glob("*/*.zarr"))}
+    volumes = {name: em for name, path in volumes.items() if (em := _find_em(path)) is not None}
+    if not rows and not volumes:
+        raise DataError(
+            data,
+            "holds no crops",
+            f"expected {{dataset}}/{{dataset}}.zarr/{GROUNDTRUTH}/crop*/; make it with `autoseg import`",
+        )
+    crops, left_out = [], []
+    for row in rows:
+        try:
+            crops.append(_open_crop(row))
+        except AutosegError as error:
+            left_out.append(LeftOut(name=row.name, why=str(error)))
+    if len(left_out) > MAX_LEFT_OUT_SHARE * len(rows):
+        first = "; ".join(item.why for item in left_out[:3])
+        raise DataError(data, f"{len(left_out)} of {len(rows)} crops cannot be used, first: {first}", "repair them")
+    return Dataset(root, tuple(crops), tuple(left_out), table_of(root), volumes)
+
+
+class _Row(NamedTuple):
+    name: str
+    split: SplitName | None
+    em: Path | None
+    group: Path
+    classes: tuple[str, ...] | None
+
+
+def _scan(root: Path) -> Iterator[_Row]:
+    groups = root.glob(f"*/*.zarr/{GROUNDTRUTH}/crop*")
+    for group in sorted(groups, key=lambda p: (p.parents[3].stem, _crop_number(p))):
+        zarr_path = group.parents[3]
+        if group.is_dir() and zarr_path.stem == zarr_path.parent.name:
+            yield _Row(f"{zarr_path.stem}/{group.name}", None, _find_em(zarr_path), group, None)
+
+
+def _crop_number(group: Path) -> tuple[int, str]:
+    digits = re.sub(r"\D", "", group.name)
+    return (int(digits) if digits else 0, group.name)
+
+
+def _find_em(zarr_path: Path) -> Path | None:
+    folder = zarr_path / RECON / "em"
+    found = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    usual = [p for p in found if p.name == EM_NAME]
+    return (usual or found or [None])[0]
+
+
+def _read_datasplit(path: Path) -> Iterator[_Row]:
+    """Yield the rows of a datasplit.csv: split, EM zarr, EM path, label zarr, crop/[classes] (or split, EM, crop)."""
+    seen: dict[str, tuple[int, str]] = {}
+    try:
+        lines = list(csv.reader(path.read_text().splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(path, f"cannot be read ({error})", "check the file") from None
+    for number, cells in enumerate(lines, start=1):
+        if not cells:
+            continue
+        row = _datasplit_row(path, number, [cell.strip() for cell in cells])
+        if row.name in seen:
+            first, split = seen[row.name]
+            side = "on both sides" if split != row.split else "twice"
+            raise DataError(f"{path}:{number}", f"{row.name} is listed {side} (see line {first})", "keep one line")
+        seen[row.name] = (number, row.split or "")
+        yield row
+
+
+def _datasplit_row(path: Path, number: int, cells: list[str]) -> _Row:
+    where = f"{path}:{number}"
+    if len(cells) == 5:
+        split, em_zarr, em_inner, label_zarr, label_inner = cells
+        em, labels = f"{em_zarr}/{em_inner}", f"{label_zarr}/{label_inner}"
+    elif len(cells) == 3:
+        split, em, labels = cells
+    else:
+        raise DataError(where, f"has {len(cells)} columns", "write split, EM zarr, EM path, label zarr, crop/[classes]")
+    if split not in ("train", "validate"):
+        raise DataError(where, f"split {split!r}", "write train or validate")
+    match = re.fullmatch(r"(.*?)/?(?:\[([^\]]*)\])?", labels)
+    assert match is not None
+    group = path.parent / match[1]
+    classes = tuple(name.strip() for name in match[2].split(",") if name.strip()) if match[2] is not None else None
+    zarr_parts = [part for part in group.parts if part.endswith(".zarr")]
+    dataset = zarr_parts[-1].removesuffix(".zarr") if zarr_parts else group.parent.name
+    side: SplitName = "train" if split == "train" else "validate"
+    return _Row(f"{dataset}/{group.name}", side, path.parent / em, group, classes)
+
+
+def _open_crop(row: _Row) -> Crop:
+    if row.em is None:
+        raise DataError(row.name, f"its zarr has no EM under {RECON}/em", "add the EM, or remove the crop")
+    if not row.group.is_dir():
+        raise DataError(row.group, "does not exist", "correct the datasplit, or restore the crop")
+    store.open_multiscale(row.em)
+    names = sorted(p.name for p in row.group.iterdir() if p.is_dir() and p.name != "all")
+    if row.classes is not None:
+        names = [name for name in names if name in row.classes]
+    labels, grids = [], []
+    for name in names:
+        multiscale = store.open_multiscale(row.group / name)
+        labels.append(_label_array(name, multiscale))
+        grids.append(multiscale.levels[0].grid)
+    if not labels:
+        raise DataError(row.group, "annotates no class", "restore its class folders, or remove the crop")
+    for name, grid in zip(names, grids, strict=True):
+        if grid.aligned_with(grids[0]) != (0, 0, 0) or grid.shape_zyx != grids[0].shape_zyx:
+            raise DataError(row.group / name, f"lies on another grid than {names[0]}", "store all classes on one grid")
+    return Crop(row.name, row.em, grids[0], tuple(labels), row.split)
+
+
+def _label_array(name: str, multiscale: store.Multiscale) -> LabelArray:
+    """Read what the values mean. An instance id may be 255, so `unknown` counts there only if it was counted."""
+    finest = multiscale.levels[0]
+    annotation = _mapping(_mapping(multiscale.attributes.get("cellmap")).get("annotation"))
+    kind = _mapping(annotation.get("annotation_type"))
+    encoding = _mapping(kind.get("encoding"))
+    instance = kind.get("type") == "instance_segmentation"
+    unknown = encoding.get("unknown")
+    if instance and unknown is not None:
+        array_annotation = _mapping(_mapping(store.read_attributes(finest.path).get("cellmap")).get("annotation"))
+        counted = _mapping(array_annotation.get("complement_counts")).get("unknown", 0)
+        unknown = unknown if isinstance(counted, int) and counted > 0 else None
+    absent = encoding.get("absent", 0)
+    if not isinstance(absent, int) or not isinstance(unknown, int | None):
+        raise DataError(multiscale.path, f"annotation encoding {encoding}", "values of absent and unknown are integers")
+    return LabelArray(name, finest.path, instance, absent, unknown)
+
+
+def _mapping(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,131 @@
+"""EM at the voxel size a network wants, as the numbers it wants.
+
+Grey values become network input by one rule, fixed per dtype or per volume, never per patch: a dark patch stays dark.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.data import store
+from autoseg.data.resample import resample
+from autoseg.errors import DataError
+from autoseg.geometry import Box, Grid, NmZYX
+from autoseg.schema import Intensity
+
+NormalizationKind = Literal["dtype", "volume"]
+SAMPLED_CHUNKS = 64
+PADDING_SHARE = 0.02
+
+
+class Normalizer(NamedTuple):
+    """Network input = (grey value - offset) / scale."""
+
+    offset: float
+    scale: float
+
+    def __call__(self, grey: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the network input of these grey values, same shape."""
+        return (grey.astype(np.float32) - np.float32(self.offset)) * np.float32(1 / self.scale)
+
+
+def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensity, float]:
+    """Return (grey values, share of chunks that are stored) from a seeded sample of stored chunks.
+
+    Exact zeros that fill more than 2 % of the sample are padding and do not count.
+    """
+    stored = np.argwhere(array.stored_chunks)
+    if len(stored) == 0:
+        raise DataError(array.path, "not one chunk of the EM is stored", "fetch the EM of this volume")
+    rng = np.random.Generator(np.random.Philox(seed))
+    chosen = rng.permutation(len(stored))[:SAMPLED_CHUNKS]
+    whole = Box.whole(array.shape_zyx)
+    parts = []
+    for z, y, x in stored[np.sort(chosen)].tolist():
+        start = (z * array.chunk_zyx[0], y * array.chunk_zyx[1], x * array.chunk_zyx[2])
+        stop = tuple(a + c for a, c in zip(start, array.chunk_zyx, strict=True))
+        box = Box(start, (stop[0], stop[1], stop[2])).clip(whole)
+        parts.append(array.read(box).ravel()[:: max(1, box.num_voxels // 2**18)])
+    grey = np.concatenate(parts).astype(np.float64)
+    if not np.isfinite(grey).all():
+        raise DataError(array.path, "holds NaN or infinite grey values", "replace them by a finite value")
+    inside = grey[grey != 0]
+    if inside.size and np.mean(grey == 0) > PADDING_SHARE:
+        grey = inside
+    low, median, high = np.percentile(grey, [0.5, 50, 99.5])
+    found = Intensity(
+        minimum=float(grey.min()),
+        p0_5=float(low),
+        p50=float(median),
+        p99_5=float(high),
+        maximum=float(grey.max()),
+        mean=float(grey.mean()),
+        sd=float(grey.std()),
+        num_voxels=int(grey.size),
+    )
+    return found, float(array.stored_chunks.mean())
+
+
+def make_normalizer(kind: NormalizationKind, array: store.ArrayReader) -> Normalizer:
+    """Return the normalizer of the volume whose finest level this is; integers by dtype map their range to [0, 1]."""
+    path, dtype = array.path, array.dtype
+    if kind == "dtype":
+        if dtype.kind not in "ui":
+            raise DataError(path, f"dtype {dtype} has no range to normalise by", "--set normalization.kind=volume")
+        info = np.iinfo(dtype)
+        return Normalizer(float(info.min), float(info.max) - float(info.min))
+    grey, _ = measure_intensity(array)
+    return Normalizer(grey.mean, max(grey.sd, 1e-6))
+
+
+class EmReader:
+    """Reads one EM volume on any grid; where the volume ends or was never fetched, the input is 0 and not valid."""
+
+    def __init__(
+        self, em: Path, voxel_size_nm: NmZYX, kind: NormalizationKind, cache: store.ChunkCache
+    ) -> None:
+        self.multiscale = store.open_multiscale(em)
+        level = self.multiscale.level_for(voxel_size_nm)
+        self._level_grid = level.grid
+        self._array = store.ArrayReader(level.path, cache)
+        self._normalize = make_normalizer(kind, store.ArrayReader(self.multiscale.levels[0].path, cache))
+        self.complete = bool(self._array.stored_chunks.all())
+
+    @property
+    def grid(self) -> Grid:
+        """Return where the finest level lies."""
+        return self.multiscale.levels[0].grid
+
+    def read(self, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """Return (network input, which voxels are valid or None for all) on `grid`, both z, y, x."""
+        offset = grid.aligned_with(self._level_grid)
+        box = Box.whole(grid.shape_zyx).shift(offset) if offset else self._level_grid.covering(grid).grow((1, 1, 1))
+        grey = self._normalize(self._array.read(box))
+        inside = box.clip(Box.whole(self._level_grid.shape_zyx)) == box
+        valid = None if inside and self.complete else self._array.stored_mask(box)
+        if valid is not None:
+            grey[~valid] = 0
+        if offset is None:
+            source = self._level_grid.crop(box)
+            grey = resample(grey, source, grid, area=False)
+            if valid is not None:
+                valid = resample(valid.astype(np.float32), source, grid, area=True) > 0.5
+        return grey, valid
+
+
+def read_input(
+    em: EmReader, grid: Grid, box: Box, input_slices: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    """Return (network input (channels, z, y, x), valid voxels or None for all) of a box of `grid`, maybe outside it.
+
+    With several input slices (2.5D) the box is one section thick and its neighbours become channels.
+    """
+    reach = input_slices // 2
+    grey, valid = em.read(grid.crop(box.grow((reach, 0, 0))))
+    if valid is not None:
+        valid = valid[reach : valid.shape[0] - reach]
+    return (grey[:, None] if reach else grey[None]), valid

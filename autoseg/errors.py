@@ -1,0 +1,27 @@
+"""What went wrong, where, and what to do: the only exceptions a user sees as one line with exit code 2."""
+
+
+class AutosegError(Exception):
+    """An expected failure; `str()` reads `where: what: remedy`."""
+
+    def __init__(self, where: object, what: str, remedy: str) -> None:
+        super().__init__(f"{where}: {what}: {remedy}")
+        self.where = str(where)
+        self.what = what
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type["AutosegError"], tuple[str, str, str]]:
+        """Pickle by parts, so that a loader process can hand the error to its parent."""
+        return type(self), (self.where, self.what, self.remedy)
+
+
+class DataError(AutosegError):
+    """A volume, a crop, a label or a file that cannot be used as it is."""
+
+
+class PlanError(AutosegError):
+    """A plan, a setting or an artifact that contradicts itself or the data."""
+
+
+class CheckpointError(AutosegError):
+    """A run folder or a checkpoint that does not fit, or is damaged."""

@@ -1,0 +1,124 @@
+"""Checkpoints that are never torn and never run code: safetensors beside a JSON header, written whole, renamed once.
+
+::
+
+    RUN/checkpoints/last/      header.json  weights.safetensors (averaged, for prediction)  state.safetensors
+    RUN/checkpoints/previous/  the one before
+    RUN/checkpoints/best/      the best validation Dice so far
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from autoseg.errors import CheckpointError, PlanError
+from autoseg.schema import CheckpointHeader, encode, load_as
+
+WEIGHTS, STATE, HEADER = "weights.safetensors", "state.safetensors", "header.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    header: CheckpointHeader,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    *,
+    best: bool,
+) -> None:
+    """Write `folder/last` (and `folder/best`), keeping the one before as `folder/previous`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new = folder / f".writing-{os.getpid()}"
+    new.mkdir()
+    try:
+        for name, tensors in ((WEIGHTS, weights), (STATE, state)):
+            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new / name)
+            _flush(new / name)
+        digests = {name: _sha256(new / name) for name in (WEIGHTS, STATE)}
+        (new / HEADER).write_bytes(encode(msgspec.structs.replace(header, sha256=digests)))
+        _flush(new / HEADER)
+        if best:
+            copy = folder / f".writing-best-{os.getpid()}"
+            shutil.copytree(new, copy, copy_function=os.link)
+            _replace(copy, folder / "best")
+        if (folder / "last").exists():
+            _replace(folder / "last", folder / "previous")
+        _replace(new, folder / "last")
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose files are whole, None if there is none."""
+    for name in ("last", "previous"):
+        try:
+            verify(folder / name)
+        except (CheckpointError, PlanError):
+            continue
+        return folder / name
+    return None
+
+
+def verify(checkpoint: Path) -> CheckpointHeader:
+    """Return the header after comparing the sha256 of every file; CheckpointError if one differs."""
+    header = load_as(checkpoint / HEADER, CheckpointHeader)
+    for name, expected in header.sha256.items():
+        path = checkpoint / name
+        if name not in (WEIGHTS, STATE) or not path.is_file() or _sha256(path) != expected:
+            raise CheckpointError(path, "is missing or damaged", "use another checkpoint (--checkpoint)")
+    return header
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; CheckpointError if it is not one."""
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(path, f"is not readable ({error})", "use another checkpoint (--checkpoint)") from None
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Put the weights into the network; CheckpointError names the first tensor that does not fit."""
+    found, wanted = load_tensors(path), network.state_dict()
+    for name in sorted(set(found) | set(wanted)):
+        if name not in found or name not in wanted:
+            side = "the file" if name not in found else "the network"
+            raise CheckpointError(path, f"{side} has no tensor {name}", "use the checkpoint of this plan")
+        if found[name].shape != wanted[name].shape:
+            shapes = f"{tuple(found[name].shape)} here, {tuple(wanted[name].shape)} in the network"
+            raise CheckpointError(path, f"{name} has shape {shapes}", "use the checkpoint of this plan")
+    network.load_state_dict(found)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename a folder over another; the old one disappears only after the new one stands."""
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

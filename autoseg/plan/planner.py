@@ -1,0 +1,101 @@
+"""(fingerprint, hardware, settings) -> Plan, a pure function: the rules in their order, then the checks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from autoseg.errors import PlanError
+from autoseg.plan import rules_data as data
+from autoseg.plan import rules_network as network
+from autoseg.plan import rules_training as training
+from autoseg.plan.draft import Choice, Draft
+from autoseg.schema import Augmentation, Fingerprint, Hardware, Head, Loss, Plan, check_plan, explain, sha256
+
+Rule = Callable[[Draft], Choice]
+
+_LOSS_FIELDS = [name for name in Loss.__struct_fields__ if name != "kind"]
+_AUGMENTATION_FIELDS = [name for name in Augmentation.__struct_fields__ if name != "preset"]
+
+# In order: a rule sees only what stands above it. "dimensions" is not a field; others follow from it.
+RULES: tuple[tuple[str, Rule], ...] = (
+    ("seed", data.choose_seed),
+    ("device", network.choose_device),
+    ("precision", network.choose_precision),
+    ("classes", data.choose_classes),
+    ("split", data.choose_split),
+    ("voxel_size_nm", data.choose_voxel_size),
+    ("dimensions", data.choose_dimensions),
+    ("patch_size_zyx", data.choose_patch_size),
+    ("input_slices", data.choose_input_slices),
+    ("network.kind", network.choose_kind),
+    ("network.strides_zyx", network.choose_strides),
+    ("network.features", network.choose_features),
+    ("network.kernels_zyx", network.choose_kernels),
+    ("network.norm", network.choose_norm),
+    ("network.deep_supervision", network.choose_deep_supervision),
+    ("loss.kind", network.choose_loss),
+    *((f"loss.{name}", functools.partial(network.choose_loss_field, field=name)) for name in _LOSS_FIELDS),
+    ("batch_size", network.choose_batch_size),
+    ("accumulate_batches", network.choose_accumulate),
+    ("num_threads", network.choose_num_threads),
+    ("num_workers", network.choose_num_workers),
+    ("normalization.kind", data.choose_normalization),
+    ("class_weights", data.choose_class_weights),
+    ("sampling.class_centred_fraction", data.choose_sampling_fraction),
+    ("sampling.crops_per_step", data.choose_crops_per_step),
+    ("budget_s", network.choose_budget),
+    ("augmentation.preset", training.choose_preset),
+    *(
+        (f"augmentation.{name}", functools.partial(training.choose_augmentation_field, field=name))
+        for name in _AUGMENTATION_FIELDS
+    ),
+    ("init", lambda _: Choice(None, "random weights", "default")),
+    ("optimizer.kind", lambda _: Choice("adamw", "needs no tuning by data set", "common practice")),
+    ("optimizer.learning_rate", training.choose_learning_rate),
+    ("optimizer.weight_decay", training.choose_weight_decay),
+    ("optimizer.gradient_clip_norm", training.choose_clip),
+    ("optimizer.ema_decay", training.choose_ema),
+    ("optimizer.num_steps", training.choose_num_steps),
+    ("schedule.kind", training.choose_schedule),
+    ("schedule.warmup_fraction", training.choose_warmup),
+    ("validation.num_rounds", training.choose_validation_rounds),
+    ("sliding_window.tile_zyx", training.choose_tile),
+    ("sliding_window.overlap", training.choose_overlap),
+    ("sliding_window.batch_size", training.choose_window_batch),
+    ("sliding_window.mirror_axes", training.choose_mirrors),
+    ("sliding_window.transpose_yx", training.choose_transpose),
+    ("decode.thresholds", data.choose_thresholds),
+    ("predicted_memory_bytes", network.choose_memory),
+    ("predicted_ram_bytes", network.choose_ram),
+    ("predicted_step_s", network.choose_step_s),
+)
+
+
+def make_plan(name: str, fingerprint: Fingerprint, hardware: Hardware, settings: Mapping[str, Any]) -> Plan:
+    """Return the plan; `settings` are typed values by dotted field, which the rules below them follow.
+
+    Raises PlanError where a setting contradicts another, or nothing fits the machine.
+    """
+    draft = Draft(fingerprint, hardware, settings)
+    for field, rule in RULES:
+        draft.decide(field, rule(draft))
+    values = draft.nested()
+    del values["dimensions"]
+    values |= {
+        "name": name,
+        "fingerprint_sha256": sha256(fingerprint),
+        "hardware": hardware,
+        "disjoint": fingerprint.disjoint,
+        "heads": (Head(name="semantic", classes=tuple(entry.name for entry in values["classes"])),),
+        "reasons": tuple(draft.reasons),
+    }
+    try:
+        plan = msgspec.convert(msgspec.to_builtins(values) | {"kind": "plan"}, Plan)
+    except msgspec.ValidationError as error:
+        raise PlanError(name, *explain(str(error), Plan)) from None
+    check_plan(plan, name)
+    return plan

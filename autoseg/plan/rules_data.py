@@ -1,0 +1,213 @@
+"""Rules that look at the data: classes, split, voxel size, dimensions, patch, sampling, normalization."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+
+from autoseg.data.split import SplitCrop, derive_split
+from autoseg.errors import PlanError
+from autoseg.geometry import NmZYX, VoxelsZYX
+from autoseg.plan.draft import Choice, Draft
+from autoseg.schema import CropFacts, nearest
+
+ANISOTROPY_OF_SECTIONS = 3.0
+VALID_SHARE = 0.9
+PATCH_EDGES = (512, 384, 320, 256, 192, 160, 128, 96, 64, 48, 32, 16)
+SLICES_2_5D = 5
+MIN_POSITIVE_VOXELS = 50
+
+
+def choose_seed(_: Draft) -> Choice:
+    """Return the seed of split, weights and batches."""
+    return Choice(0, "any number; repeat a run with others to see its noise", "convention")
+
+
+def choose_classes(draft: Draft) -> Choice:
+    """Return the classes that training can learn: those with positive voxels, or those the user asked for."""
+    known = {entry.name: entry for entry in draft.fingerprint.classes}
+    positives = {name: _positive(draft, name) for name in known}
+    wanted = draft.settings.get("classes.names")
+    if wanted:
+        for name in wanted:
+            if name not in known:
+                near = nearest(name, list(known))
+                hint = f"did you mean {near}?" if near else f"it has {', '.join(known)}"
+                raise PlanError(f"--classes {name}", "is not annotated in this data", hint)
+            if positives[name] == 0:
+                raise PlanError(f"--classes {name}", "has no positive voxel in this data", "leave it out")
+        return Choice(tuple(known[name] for name in wanted), "set by the user", "user")
+    learnable = tuple(entry for entry in known.values() if positives[entry.name] >= MIN_POSITIVE_VOXELS)
+    if not learnable:
+        raise PlanError("classes", "no class has enough positive voxels", "check the labels (autoseg fingerprint)")
+    left = [name for name in known if positives[name] < MIN_POSITIVE_VOXELS]
+    because = f"{len(learnable)} classes have at least {MIN_POSITIVE_VOXELS} positive voxels"
+    return Choice(learnable, because + (f"; left out: {', '.join(left)}" if left else ""), "fingerprint")
+
+
+def choose_split(draft: Draft) -> Choice:
+    """Return the split of data/split.py."""
+    names = {entry.name for entry in draft["classes"]}
+    crops = [
+        SplitCrop(
+            name=crop.name,
+            volume=crop.volume,
+            shape_zyx=crop.shape_zyx,
+            present={name: count.present for name, count in crop.counts.items() if name in names},
+            declared=crop.split,
+        )
+        for crop in draft.fingerprint.crops
+    ]
+    split = derive_split(crops, draft["seed"])
+    because = {
+        "datasplit": "datasplit.csv fixes it",
+        "volumes": f"whole volumes of {len({c.volume for c in crops})}, so that no EM is on both sides",
+        "crops": f"whole crops of {len(crops)}, all from few volumes",
+        "box": f"{len(crops)} crops of few volumes: a box of one validates, its other voxels train",
+        "user": "set by the user",
+    }[split.rule]
+    return Choice(split, f"{because}; {len(split.train)} regions train, {len(split.validate)} validate", "split rule")
+
+
+def choose_voxel_size(draft: Draft) -> Choice:
+    """Return the voxel size that most annotated voxels of the training crops have, never finer than their EM."""
+    crops = _training_crops(draft)
+    volumes = {volume.name: volume for volume in draft.fingerprint.volumes}
+    votes: Counter[NmZYX] = Counter()
+    for crop in crops:
+        em = volumes[crop.volume].voxel_size_nm
+        size = tuple(round(max(v, e), 4) for v, e in zip(crop.voxel_size_nm, em, strict=True))
+        votes[size[0], size[1], size[2]] += math.prod(crop.shape_zyx)
+    size, won = votes.most_common(1)[0]
+    share = won / votes.total()
+    because = f"{share:.0%} of the annotated voxels have it"
+    others = [_nm(other) for other in votes if other != size]
+    return Choice(size, because + (f"; resampled on the fly: {', '.join(others[:3])}" if others else ""), "fingerprint")
+
+
+def choose_dimensions(draft: Draft) -> Choice:
+    """Return "2d", "2.5d" or "3d" by anisotropy, depth and accelerator; not a field, others follow from it."""
+    z, y, x = draft["voxel_size_nm"]
+    depth = _median_extent(draft)[0]
+    anisotropy = z / min(y, x)
+    forced = draft.settings.get("patch_size_zyx")
+    if forced:
+        return Choice("3d" if forced[0] > 1 else "2d", "follows patch_size_zyx", "user")
+    if draft.settings.get("input_slices", 1) > 1:
+        return Choice("2.5d", "follows input_slices", "user")
+    if draft.settings.get("network.kind") == "rsunet" and depth >= 4:
+        return Choice("3d", "follows network.kind", "user")
+    if depth < SLICES_2_5D:
+        return Choice("2d", f"crops are {depth} sections deep, fewer than {SLICES_2_5D}", "geometry")
+    if draft["device"] == "cpu":
+        because = f"no GPU, and sections are {anisotropy:.1f} times coarser than in plane: 3D steps cost too much"
+        return Choice("2d", because, "measured: 3D steps on two CPU cores")
+    if anisotropy >= ANISOTROPY_OF_SECTIONS:
+        because = f"sections are {anisotropy:.1f} times coarser than in plane (at least {ANISOTROPY_OF_SECTIONS:g})"
+        return Choice("3d" if depth >= 8 else "2.5d", because, "Lee et al. 2017; nnU-Net's threshold")
+    return Choice("3d", f"near-isotropic voxels ({anisotropy:.1f}) and a GPU", "nnU-Net: 3D where it fits")
+
+
+def choose_patch_size(draft: Draft) -> Choice:
+    """Return the largest patch of which the median crop fills at least 90 %, within what the device can take."""
+    dimensions = draft["dimensions"]
+    extent = _median_extent(draft)
+    if dimensions in ("2d", "2.5d"):
+        limit = 128 if draft["device"] == "cpu" else 512
+        edge = _edge(min(extent[1:]), limit)
+        valid = min(1.0, extent[1] / edge) * min(1.0, extent[2] / edge)
+        because = f"{valid:.0%} of such a patch is annotated in the median crop of {_voxels(extent)} voxels"
+        return Choice((1, edge, edge), f"{because}; limit {limit} on this device", "valid share >= 90 %")
+    z, y, x = draft["voxel_size_nm"]
+    anisotropy = z / min(y, x)
+    limit = 64 if draft["device"] == "cpu" else 128
+    in_plane = _edge(min(extent[1:]), limit * (2 if anisotropy >= ANISOTROPY_OF_SECTIONS else 1))
+    depth = _edge(extent[0], max(8, round(in_plane / anisotropy)), smallest=4)
+    because = f"as cubic as the {anisotropy:.1f}:1 voxels and the median crop of {_voxels(extent)} voxels allow"
+    return Choice((depth, in_plane, in_plane), because, "physical extent")
+
+
+def choose_input_slices(draft: Draft) -> Choice:
+    """Return the number of neighbouring sections given to the network as channels; 1 unless 2.5D."""
+    if draft["dimensions"] == "2.5d":
+        return Choice(SLICES_2_5D, "2.5D: the section and two neighbours on each side", "2.5D by convention")
+    return Choice(1, f"{draft['dimensions'].upper()}: one section or a solid patch", "dimensions")
+
+
+def choose_normalization(draft: Draft) -> Choice:
+    """Return the rule that makes grey values network input."""
+    greys = [(v.name, v.intensity) for v in draft.fingerprint.volumes]
+    name, grey = greys[0]
+    because = f"by mean and sd of each volume ({name}: {grey.mean:.0f} ± {grey.sd:.0f}), never of a patch"
+    return Choice("volume", because, "per-patch scaling shifts grey values (origin experiments)")
+
+
+def choose_class_weights(draft: Draft) -> Choice:
+    """Return one weight for every class."""
+    names = [entry.name for entry in draft["classes"]]
+    set_by_user = draft.settings.get("class_weights.*", {})
+    weights = {name: set_by_user.get(name, 1.0) for name in names}
+    because = "every class counts alike; rare ones are drawn more often instead"
+    if set_by_user:
+        return Choice(weights, f"set by the user for {', '.join(set_by_user)}, else 1", "user")
+    return Choice(weights, because, "weightings were inside the noise band (origin experiments)")
+
+
+def choose_sampling_fraction(draft: Draft) -> Choice:
+    """Return the share of patches that are centred on a voxel of a class drawn by turn."""
+    rarest = min((_share(draft, entry.name), entry.name) for entry in draft["classes"])
+    because = f"each of {len(draft['classes'])} classes is centred in 1 of {2 * len(draft['classes'])} patches"
+    return Choice(0.5, f"{because}; {rarest[1]} fills only {rarest[0]:.2%}", "nnU-Net draws 33 %")
+
+
+def choose_crops_per_step(draft: Draft) -> Choice:
+    """Return from how many crops a micro-batch is drawn."""
+    number = draft["batch_size"]
+    return Choice(number, "one place for each patch of the batch", "chunk caches hold this data")
+
+
+def choose_thresholds(draft: Draft) -> Choice:
+    """Return the probability at which each class is called present."""
+    names = [entry.name for entry in draft["classes"]]
+    set_by_user = draft.settings.get("decode.thresholds.*", {})
+    thresholds = {name: set_by_user.get(name, 0.5) for name in names}
+    if set_by_user:
+        return Choice(thresholds, f"set by the user for {', '.join(set_by_user)}, else 0.5", "user")
+    return Choice(thresholds, "sigmoid outputs trained with Dice are cut at one half", "convention")
+
+
+def _training_crops(draft: Draft) -> list[CropFacts]:
+    train = {region.crop for region in draft["split"].train}
+    return [crop for crop in draft.fingerprint.crops if crop.name in train]
+
+
+def _positive(draft: Draft, name: str) -> int:
+    return sum(crop.counts[name].present for crop in draft.fingerprint.crops if name in crop.counts)
+
+
+def _share(draft: Draft, name: str) -> float:
+    counts = [crop.counts[name] for crop in draft.fingerprint.crops if name in crop.counts]
+    known = sum(c.present + c.absent for c in counts)
+    return sum(c.present for c in counts) / known if known else 0.0
+
+
+def _median_extent(draft: Draft) -> VoxelsZYX:
+    """Return the median edges of the training crops, in voxels of the plan's size."""
+    shapes = [crop.grid.at_voxel_size(draft["voxel_size_nm"]).shape_zyx for crop in _training_crops(draft)]
+    z, y, x = (int(statistics.median_low([shape[axis] for shape in shapes])) for axis in range(3))
+    return z, y, x
+
+
+def _edge(extent: int, limit: int, smallest: int = 16) -> int:
+    """Return the largest usual edge up to the limit that the extent fills to sqrt(90 %), at least the smallest."""
+    fits = [edge for edge in (*PATCH_EDGES, 8, 4) if edge <= limit and extent >= edge * math.sqrt(VALID_SHARE)]
+    return max(fits[0], smallest) if fits else smallest
+
+
+def _nm(size: NmZYX) -> str:
+    return "x".join(f"{v:g}" for v in size) + " nm"
+
+
+def _voxels(shape: VoxelsZYX) -> str:
+    return "x".join(str(n) for n in shape)

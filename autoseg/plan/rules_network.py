@@ -1,0 +1,253 @@
+"""Rules that weigh the network against the machine: device, network, loss, precision, batch, workers, memory."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from autoseg.errors import PlanError
+from autoseg.geometry import VoxelsZYX
+from autoseg.model.memory import StepCost, trace_step
+from autoseg.plan.draft import Choice, Draft
+from autoseg.schema import Loss, Network
+
+GIB = 2**30
+VRAM_SHARE = 0.85
+RAM_SHARE = 0.6
+BASE_PROCESS_BYTES = int(0.7 * GIB)
+WORKER_BYTES = int(0.6 * GIB)
+MAX_BATCH = {True: 32, False: 4}
+# Share of a CPU step that is convolution; the rest is memory traffic. Measured on two cores with a 2D U-Net.
+CPU_CONV_SHARE = 0.38
+DEFAULT_BUDGET_S = {"cpu": 1800.0, "cuda": 6 * 3600.0}
+LOSS_TERMS: dict[str, dict[str, float]] = {
+    "bce": {"bce": 1.0},
+    "dice": {"dice": 1.0},
+    "dice_bce": {"dice": 1.0, "bce": 1.0},
+    "focal": {"focal": 1.0},
+    "focal_dice": {"focal": 0.5, "dice": 0.5},
+    "tversky": {"tversky": 1.0},
+}
+
+
+def choose_device(draft: Draft) -> Choice:
+    """Return the kind of device."""
+    gpus = draft.hardware.gpus
+    if not gpus:
+        return Choice("cpu", f"no GPU, {draft.hardware.cpu_threads} CPU threads", "hardware")
+    more = f"; the other {len(gpus) - 1} stay free: this version trains on one" if len(gpus) > 1 else ""
+    return Choice("cuda", f"{gpus[0].name} with {gpus[0].memory_bytes / GIB:.0f} GiB{more}", "hardware")
+
+
+def choose_precision(draft: Draft) -> Choice:
+    """Return the number format of the forward pass."""
+    if draft["device"] == "cpu":
+        if draft.hardware.cpu_bf16:
+            return Choice("bf16", f"{draft.hardware.cpu_name} multiplies bf16 natively", "hardware")
+        return Choice("fp32", f"{draft.hardware.cpu_name} would only emulate bf16", "hardware")
+    gpu = draft.hardware.gpus[0]
+    if gpu.bf16:
+        return Choice("bf16", f"{gpu.name} has bf16: the range of fp32, no loss scaling", "hardware")
+    if gpu.fp16:
+        return Choice("fp16", f"{gpu.name} has no bf16; fp16 with a gradient scaler", "hardware")
+    return Choice("fp32", f"{gpu.name} has neither bf16 nor fast fp16", "hardware")
+
+
+def choose_kind(draft: Draft) -> Choice:
+    """Return the kind of network."""
+    if draft["dimensions"] == "3d":
+        return Choice("rsunet", "3D EM: residual blocks, summed skips, kernels by anisotropy", "Lee et al. 2017")
+    return Choice("unet", "2D: a residual path cost 25 % of a step and gained nothing", "measured on VNC, CPU")
+
+
+def choose_strides(draft: Draft) -> Choice:
+    """Return the stride of each level: an axis is halved once it is no coarser than twice the finest one."""
+    patch: VoxelsZYX = draft["patch_size_zyx"]
+    spacing = list(draft["voxel_size_nm"])
+    edges = list(patch)
+    strides = []
+    limit = 4
+    while len(strides) < limit:
+        finest = min(v for v, n in zip(spacing, patch, strict=True) if n > 1)
+        stride = [
+            2 if n % 2 == 0 and n >= 8 and v < 2 * finest else 1 for v, n in zip(spacing, edges, strict=True)
+        ]
+        if stride == [1, 1, 1]:
+            break
+        strides.append((stride[0], stride[1], stride[2]))
+        spacing = [v * s for v, s in zip(spacing, stride, strict=True)]
+        edges = [n // s for n, s in zip(edges, stride, strict=True)]
+    if not strides:
+        raise PlanError("patch_size_zyx", f"{list(patch)} cannot be halved once", "use even edges of at least 8")
+    bottom = "x".join(str(n) for n in edges)
+    return Choice(tuple(strides), f"each level halves what is not yet coarse; the bottom is {bottom}", "nnU-Net topology")
+
+
+def choose_features(draft: Draft) -> Choice:
+    """Return the width of each level."""
+    levels = len(draft["network.strides_zyx"]) + 1
+    if draft["network.kind"] == "rsunet":
+        widths = (18, 36, 48, 64, 80) if draft["device"] == "cuda" else (16, 24, 32, 48, 64)
+        return Choice(widths[:levels], "a narrow network with many levels suits EM", "Lee et al. 2017")
+    base, cap = (32, 320) if draft["device"] == "cuda" else (16, 128)
+    widths = tuple(min(cap, base * 2**i) for i in range(levels))
+    because = f"from {base} up to {cap}: " + (
+        "steps stay short enough for thousands of them" if base == 16 else "nnU-Net's widths"
+    )
+    return Choice(widths, because, "measured on two CPU cores" if base == 16 else "nnU-Net")
+
+
+def choose_kernels(draft: Draft) -> Choice:
+    """Return the kernel of each level: flat while sections are at least twice as coarse as the plane."""
+    spacing = list(draft["voxel_size_nm"])
+    flat = draft["patch_size_zyx"][0] == 1
+    kernels = []
+    for stride in [*draft["network.strides_zyx"], (1, 1, 1)]:
+        thin = flat or spacing[0] >= 2 * min(spacing[1:])
+        kernels.append((1, 3, 3) if thin else (3, 3, 3))
+        spacing = [v * s for v, s in zip(spacing, stride, strict=True)]
+    num_flat = sum(kernel[0] == 1 for kernel in kernels)
+    because = f"{num_flat} of {len(kernels)} levels are flat: there sections are at least twice as coarse"
+    return Choice(tuple(kernels), "2D" if flat else because, "nnU-Net topology")
+
+
+def choose_norm(draft: Draft) -> Choice:
+    """Return the normalization layer."""
+    if draft["dimensions"] == "3d":
+        return Choice("group", "batches of a few 3D patches are too small for batch norm", "Wu and He 2018")
+    if draft["device"] == "cpu":
+        return Choice("batch", "batches of 8; group and instance norm cost 80 % and 55 % more", "measured, CPU")
+    return Choice("instance", "independent of the batch", "nnU-Net")
+
+
+def choose_deep_supervision(draft: Draft) -> Choice:
+    """Return whether coarser levels have losses of their own."""
+    if draft["dimensions"] == "3d":
+        return Choice(True, "3D networks learn from short runs: coarse levels get a gradient at once", "nnU-Net")
+    return Choice(False, "shallow 2D networks train without", "simplest that works")
+
+
+def choose_loss(draft: Draft) -> Choice:
+    """Return the kind of loss."""
+    return Choice("dice_bce", "the overlap that is scored, plus a gradient for every voxel", "Ma et al. 2021: robust")
+
+
+def choose_loss_field(draft: Draft, field: str) -> Choice:
+    """Return one number of the loss: the weights its kind is made of, and its parameters."""
+    kind = draft["loss.kind"]
+    if field.endswith("_weight"):
+        term = field.removesuffix("_weight")
+        return Choice(LOSS_TERMS[kind].get(term, 0.0), f"part of {kind}", "kind of loss")
+    value = {"focal_gamma": 2.0, "tversky_alpha": 0.5, "tversky_beta": 0.5, "smooth": 1.0}[field]
+    note = {
+        "focal_gamma": "used by focal terms",
+        "tversky_alpha": "weighs false positives",
+        "tversky_beta": "weighs false negatives",
+        "smooth": "one voxel: keeps absent classes from exploding",
+    }[field]
+    return Choice(value, note, "paper default")
+
+
+def choose_batch_size(draft: Draft) -> Choice:
+    """Return the largest useful micro-batch that the memory model says fits."""
+    flat = draft["patch_size_zyx"][0] == 1
+    cost = step_cost(draft)
+    if draft["device"] == "cpu":
+        wanted = max(1, round(8 * 128 * 128 / math.prod(draft["patch_size_zyx"]))) if flat else 2
+        room, name = int(draft.hardware.ram_bytes * RAM_SHARE), "RAM"
+    else:
+        wanted = MAX_BATCH[flat]
+        room, name = int(draft.hardware.gpus[0].memory_bytes * VRAM_SHARE), "GPU memory"
+    batch = wanted
+    while batch > 1 and cost.memory_bytes(batch, draft["device"]) > room:
+        batch -= 1
+    need = cost.memory_bytes(batch, draft["device"])
+    if need > room:
+        raise PlanError(
+            "batch_size",
+            f"one patch of {list(draft['patch_size_zyx'])} needs {need / GIB:.1f} GiB, {room / GIB:.1f} GiB may be used",
+            "--set patch_size_zyx to half of it",
+        )
+    because = f"{need / GIB:.2f} GiB of the {room / GIB:.1f} GiB of {name} that may be used"
+    return Choice(batch, because + ("" if batch < wanted else f"; more than {wanted} would not help"), "traced step")
+
+
+def choose_accumulate(draft: Draft) -> Choice:
+    """Return how many micro-batches make one optimizer step."""
+    wanted = 2 if draft["patch_size_zyx"][0] > 1 else 4
+    number = max(1, math.ceil(wanted / draft["batch_size"]))
+    return Choice(number, f"{number * draft['batch_size']} patches a step (at least {wanted})", "effective batch")
+
+
+def choose_num_threads(draft: Draft) -> Choice:
+    """Return the threads of the training process."""
+    threads = max(1, draft.hardware.cpu_threads)
+    if draft["device"] == "cpu":
+        return Choice(threads, "all threads this process may use", "hardware")
+    return Choice(min(threads, 8), "the GPU computes; a few threads feed it", "hardware")
+
+
+def choose_num_workers(draft: Draft) -> Choice:
+    """Return the loader processes."""
+    if draft["device"] == "cpu":
+        return Choice(0, "a batch costs 2 % of a step: workers would take threads from the network", "measured, CPU")
+    by_ram = int(draft.hardware.ram_bytes * RAM_SHARE / 2 // WORKER_BYTES)
+    by_shm = int(draft.hardware.shm_bytes // (64 * 2**20)) if draft.hardware.shm_bytes else 0
+    workers = max(0, min(8, draft.hardware.cpu_threads - 2, by_ram, by_shm))
+    because = f"{draft.hardware.cpu_threads} threads; RAM allows {by_ram}, /dev/shm {by_shm}"
+    return Choice(workers, because, "hardware")
+
+
+def choose_memory(draft: Draft) -> Choice:
+    """Return the predicted peak of the training step, in bytes."""
+    cost = step_cost(draft)
+    value = cost.memory_bytes(draft["batch_size"], draft["device"])
+    because = f"{cost.num_parameters / 1e6:.1f} M parameters; {cost.patch_bytes / 2**20:.0f} MiB a patch"
+    return Choice(value, because, "traced under FakeTensorMode")
+
+
+def choose_ram(draft: Draft) -> Choice:
+    """Return the predicted host memory, in bytes."""
+    on_host = draft["predicted_memory_bytes"] if draft["device"] == "cpu" else 0
+    workers = draft["num_workers"] * WORKER_BYTES
+    because = f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {draft['num_workers']} workers + the step on the CPU"
+    return Choice(BASE_PROCESS_BYTES + workers + on_host, because, "measured process sizes, CPU")
+
+
+def choose_step_s(draft: Draft) -> Choice:
+    """Return the predicted seconds of an optimizer step, None where this machine's speed is unknown."""
+    speeds = draft.hardware.conv_gflops or {}
+    if draft["precision"] not in speeds:
+        return Choice(None, "the speed of this machine was not measured", "hardware")
+    patches = draft["batch_size"] * draft["accumulate_batches"]
+    share = CPU_CONV_SHARE if draft["device"] == "cpu" else 0.5
+    seconds = patches * step_cost(draft).patch_flops / (speeds[draft["precision"]] * 1e9) / share
+    because = f"{patches * step_cost(draft).patch_flops / 1e9:.0f} Gflop at {speeds[draft['precision']]:.0f} Gflop/s"
+    return Choice(seconds, f"{because}, convolutions being {share:.0%} of a step", "measured convolution")
+
+
+def choose_budget(draft: Draft) -> Choice:
+    """Return the seconds of training."""
+    if draft.settings.get("optimizer.num_steps"):
+        return Choice(None, "optimizer.num_steps is set instead", "user")
+    hours = DEFAULT_BUDGET_S[draft["device"]] / 3600
+    return Choice(DEFAULT_BUDGET_S[draft["device"]], f"no --budget given: {hours:g} h on this device", "default")
+
+
+def step_cost(draft: Draft) -> StepCost:
+    """Return the traced cost of the drafted step."""
+    network = Network(**{name: draft[f"network.{name}"] for name in Network.__struct_fields__})
+    loss = Loss(**{name: draft[f"loss.{name}"] for name in Loss.__struct_fields__})
+    key = (msgspec.json.encode(network), msgspec.json.encode(loss))
+    patch = tuple(draft["patch_size_zyx"])
+    return _cached_cost(key, draft["input_slices"], len(draft["classes"]), patch, draft["precision"])
+
+
+@lru_cache(maxsize=32)
+def _cached_cost(key: Any, slices: int, num_classes: int, patch: Any, precision: str) -> StepCost:
+    network = msgspec.json.decode(key[0], type=Network)
+    loss = msgspec.json.decode(key[1], type=Loss)
+    return trace_step(network, slices, num_classes, patch, precision, loss)

@@ -1,0 +1,155 @@
+"""Rules for the course of training and for inference: augmentation, optimizer, schedule, windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autoseg.plan.draft import Choice, Draft
+from autoseg.plan.rules_data import ANISOTROPY_OF_SECTIONS
+
+_NONE: dict[str, Any] = {
+    "flip": False,
+    "right_angles": False,
+    "transpose_z": False,
+    "rotation_probability": 0.0,
+    "rotation_degrees": 180.0,
+    "scale_probability": 0.0,
+    "scale_range": (0.7, 1.4),
+    "elastic_probability": 0.0,
+    "elastic_sigma": 12.0,
+    "elastic_magnitude": 6.0,
+    "contrast_probability": 0.0,
+    "contrast_range": (0.85, 1.15),
+    "brightness_sd": 0.0,
+    "gamma_probability": 0.0,
+    "gamma_range": (0.7, 1.4),
+    "noise_probability": 0.0,
+    "noise_sd_max": 0.1,
+    "blur_probability": 0.0,
+    "blur_sigma_range": (0.5, 1.0),
+    "missing_section_probability": 0.0,
+}
+_FLIPS = _NONE | {"flip": True, "right_angles": True}
+_LIGHT = _FLIPS | {"contrast_probability": 1.0, "brightness_sd": 0.15}
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": _NONE,
+    "flips": _FLIPS,
+    "light": _LIGHT,
+    "fib-sem": _LIGHT
+    | {
+        "rotation_probability": 0.2,
+        "scale_probability": 0.2,
+        "contrast_range": (0.75, 1.25),
+        "gamma_probability": 0.2,
+        "noise_probability": 0.2,
+        "blur_probability": 0.2,
+    },
+    "sstem": _LIGHT
+    | {
+        "rotation_probability": 0.3,
+        "scale_probability": 0.3,
+        "elastic_probability": 0.2,
+        "contrast_range": (0.75, 1.25),
+        "gamma_probability": 0.3,
+        "noise_probability": 0.1,
+        "blur_probability": 0.1,
+        "missing_section_probability": 0.05,
+    },
+}
+
+
+def choose_preset(draft: Draft) -> Choice:
+    """Return the named augmentation."""
+    z, y, x = draft["voxel_size_nm"]
+    if (draft["budget_s"] or 0) < 300 and draft["device"] == "cpu":
+        return Choice("light", "a short run sees few patches twice", "measured on VNC, CPU")
+    if z / min(y, x) >= ANISOTROPY_OF_SECTIONS:
+        return Choice("sstem", f"sections of {z:g} nm: each has contrast and defects of its own", "EM practice")
+    return Choice("fib-sem", "near-isotropic voxels: noise, blur and drift, any orientation", "EM practice")
+
+
+def choose_augmentation_field(draft: Draft, field: str) -> Choice:
+    """Return one parameter of the preset."""
+    value = PRESETS[draft["augmentation.preset"]][field]
+    if field == "transpose_z" and draft["augmentation.preset"] == "fib-sem":
+        z, y, x = draft["voxel_size_nm"]
+        value = draft["patch_size_zyx"][0] > 1 and max(z, y, x) < 1.5 * min(z, y, x)
+    return Choice(value, f"preset {draft['augmentation.preset']}", "augmentation.preset")
+
+
+def choose_learning_rate(draft: Draft) -> Choice:
+    """Return the peak learning rate."""
+    if draft["device"] == "cpu" and draft["dimensions"] != "3d":
+        return Choice(3e-3, "small batch-normalised networks and short runs", "measured on VNC, CPU")
+    return Choice(1e-3, "AdamW with warm-up", "common in EM (BANIS, DeepEM)")
+
+
+def choose_weight_decay(_: Draft) -> Choice:
+    """Return AdamW's decay."""
+    return Choice(1e-2, "AdamW's usual", "Loshchilov and Hutter 2019")
+
+
+def choose_clip(_: Draft) -> Choice:
+    """Return the largest gradient norm."""
+    return Choice(12.0, "cuts outliers only", "nnU-Net")
+
+
+def choose_ema(_: Draft) -> Choice:
+    """Return the decay of the averaged weights, which validation and prediction use."""
+    return Choice(0.99, "free, and steadies every checkpoint before the rate has fallen", "measured on VNC, CPU")
+
+
+def choose_num_steps(_: Draft) -> Choice:
+    """Return the optimizer steps; None fits them to the budget before step 1."""
+    return Choice(None, "as many as budget_s allows, measured before step 1 and written to adaptations.jsonl", "budget")
+
+
+def choose_schedule(_: Draft) -> Choice:
+    """Return the course of the learning rate."""
+    return Choice("warmup_cosine", "per step, ends at zero exactly when the budget ends", "common practice")
+
+
+def choose_warmup(_: Draft) -> Choice:
+    """Return the share of the run that warms up."""
+    return Choice(0.05, "short, and certain to be left", "origin experiments never left theirs")
+
+
+def choose_validation_rounds(draft: Draft) -> Choice:
+    """Return how often the validation regions are predicted."""
+    if not draft["split"].validate:
+        return Choice(0, "nothing to validate on: the last weights are the best", "split")
+    return Choice(8, "evenly over the run; every voxel of the validation regions each time", "fixed validation")
+
+
+def choose_tile(draft: Draft) -> Choice:
+    """Return the inference window."""
+    z, y, x = draft["patch_size_zyx"]
+    if z > 1:
+        return Choice((z, y, x), "the patch it was trained on", "patch_size_zyx")
+    factor = 2 if draft["device"] == "cpu" or y <= 256 else 1
+    return Choice((1, y * factor, x * factor), "larger than the patch: fewer borders, same network", "fully convolutional")
+
+
+def choose_overlap(draft: Draft) -> Choice:
+    """Return the share by which windows overlap."""
+    if draft["patch_size_zyx"][0] > 1:
+        return Choice(0.5, "3D windows are small: every voxel is inside one", "nnU-Net")
+    return Choice(0.25, "windows are large against the receptive field", "Gaussian blending")
+
+
+def choose_window_batch(draft: Draft) -> Choice:
+    """Return how many windows run at once."""
+    return Choice(1 if draft["device"] == "cpu" else 4, "windows are large already", "memory")
+
+
+def choose_mirrors(draft: Draft) -> Choice:
+    """Return the axes that prediction mirrors and averages over."""
+    if not draft["augmentation.flip"]:
+        return Choice((), "training did not mirror", "augmentation.flip")
+    return Choice(("y", "x"), "EM has no up: four copies in the plane", "test-time averaging")
+
+
+def choose_transpose(draft: Draft) -> Choice:
+    """Return whether prediction also averages over transposed copies."""
+    value = bool(draft["augmentation.right_angles"])
+    return Choice(value, "right angles in the plane were trained", "augmentation.right_angles")

@@ -1,0 +1,118 @@
+"""What to predict: crops of a data set, an OME-Zarr volume, or a TIFF or HDF5 file; each with its exact grid."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from autoseg.data import store
+from autoseg.data.convert import write_em
+from autoseg.data.dataset import Dataset
+from autoseg.data.formats import open_volume
+from autoseg.errors import DataError
+from autoseg.geometry import Box, Grid, NmZYX
+from autoseg.schema import Plan
+
+
+class Region(NamedTuple):
+    """A box of one EM volume to predict; `name` is the folder of its labels in the output, "" for a volume."""
+
+    name: str
+    em: Path
+    grid: Grid
+
+
+def crop_regions(plan: Plan, dataset: Dataset, which: str) -> list[Region]:
+    """Return the crops named by `validate`, `all` or crop numbers such as "3,7"."""
+    validate = {region.crop for region in plan.split.validate}
+    if which == "validate":
+        chosen = [crop for crop in dataset.crops if crop.name in validate]
+        if not chosen:
+            raise DataError(dataset.root, "none of its crops validated this run", "use --crops all")
+    elif which == "all":
+        chosen = list(dataset.crops)
+    else:
+        wanted = [f"crop{number.strip()}" for number in which.split(",")]
+        chosen = [crop for crop in dataset.crops if crop.name.rsplit("/", 1)[1] in wanted]
+        missing = set(wanted) - {crop.name.rsplit("/", 1)[1] for crop in chosen}
+        if missing:
+            raise DataError(f"--crops {which}", f"no {sorted(missing)[0]} in {dataset.root}", "use validate, all or N,N")
+    return [Region(crop.name, crop.em, crop.grid) for crop in chosen]
+
+
+def volume_regions(plan: Plan, dataset: Dataset) -> list[Region]:
+    """Return the EM volumes of a data set without crops, whole."""
+    found = [Region(name, em, store.open_multiscale(em).levels[0].grid) for name, em in dataset.volumes.items()]
+    if not found:
+        raise DataError(dataset.root, "holds no EM volume", "import one with `autoseg import`")
+    return found
+
+
+def file_region(plan: Plan, spec: str, scratch: Path) -> Region:
+    """Return the EM of a zarr group, or of a TIFF, HDF5, NIfTI, npy or PNG file brought into `scratch` first.
+
+    A file that declares no voxel size is taken to have the plan's.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        group = path if _is_multiscale(path) else _find_multiscale(path)
+        return Region("", group, store.open_multiscale(group).levels[0].grid)
+    with open_volume(spec) as volume:
+        voxel_size = volume.voxel_size_nm or plan.voxel_size_nm
+        group = scratch / _key(spec, voxel_size)
+        if not (group / ".zattrs").exists():
+            scratch.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=scratch))
+            try:
+                write_em(volume, temporary / "em", voxel_size)
+                shutil.rmtree(group, ignore_errors=True)
+                (temporary / "em").rename(group)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return Region("", group, store.open_multiscale(group).levels[0].grid)
+
+
+def cut_roi(region: Region, roi_nm: Sequence[tuple[float, float]]) -> Region:
+    """Return the part of the region inside the box given as (start, stop) in nm for z, y, x."""
+    start, stop = [], []
+    for (low, high), corner, v, n in zip(
+        roi_nm, region.grid.corner_nm, region.grid.voxel_size_nm, region.grid.shape_zyx, strict=True
+    ):
+        if not low < high:
+            raise DataError("--roi-nm", f"{low:g}:{high:g}", "write start:stop with start below stop")
+        start.append(min(max(round((low - corner) / v), 0), n))
+        stop.append(min(max(round((high - corner) / v), 0), n))
+    box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    if box.num_voxels == 0:
+        extent = " ".join(
+            f"{c:g}:{c + e:g}" for c, e in zip(region.grid.corner_nm, region.grid.extent_nm, strict=True)
+        )
+        raise DataError("--roi-nm", "lies outside the volume", f"it spans {extent} nm")
+    return Region(region.name, region.em, region.grid.crop(box))
+
+
+def _is_multiscale(path: Path) -> bool:
+    attributes = store.read_attributes(path)
+    return "multiscales" in attributes or "multiscales" in attributes.get("ome", {})
+
+
+def _find_multiscale(path: Path) -> Path:
+    """Return the only EM group below a zarr container, so that `--volume x.zarr` works."""
+    found = sorted({p.parent for p in path.glob("recon-*/em/*/.zattrs")} | {p.parent for p in path.glob("*/.zattrs")})
+    found = [group for group in found if _is_multiscale(group)]
+    if len(found) != 1:
+        names = ", ".join(str(p.relative_to(path)) for p in found[:5]) or "no multiscale group"
+        raise DataError(path, f"holds {names}", "pass the path of one multiscale group")
+    return found[0]
+
+
+def _key(spec: str, voxel_size_nm: NmZYX) -> str:
+    file = spec if os.path.exists(spec) else spec.rsplit(":", 1)[0]
+    status = os.stat(file) if os.path.exists(file) else None
+    identity = (os.path.abspath(spec), voxel_size_nm, status and (status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:24]

@@ -1,0 +1,100 @@
+"""What a plan must satisfy beyond the types of its fields; used for every plan, planned or edited by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from autoseg.errors import PlanError
+from autoseg.schema.records import Plan
+
+
+def check_plan(plan: Plan, where: object) -> None:
+    """Raise PlanError for the first contradiction between fields, naming the field and what would fit."""
+    for field, what, remedy in _contradictions(plan):
+        raise PlanError(where, f"{field}: {what}", remedy)
+
+
+def _contradictions(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    yield from _network(plan)
+    yield from _input(plan)
+    yield from _classes(plan)
+    yield from _run(plan)
+
+
+def _network(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    network = plan.network
+    levels = len(network.features)
+    if levels < 2 or min(network.features) < 1:
+        yield "network.features", f"{list(network.features)}", "give at least two levels of positive widths"
+    elif len(network.kernels_zyx) != levels:
+        yield "network.kernels_zyx", f"{len(network.kernels_zyx)} kernels for {levels} levels", "give one for each level"
+    elif len(network.strides_zyx) != levels - 1:
+        yield "network.strides_zyx", f"{len(network.strides_zyx)} strides", f"give {levels - 1}, one between two levels"
+    elif any(k < 1 or k % 2 == 0 for kernel in network.kernels_zyx for k in kernel):
+        yield "network.kernels_zyx", "a kernel edge is not odd", "use 1, 3, 5 or 7"
+    elif any(s not in (1, 2) for stride in network.strides_zyx for s in stride):
+        yield "network.strides_zyx", "a stride is neither 1 nor 2", "use 1 or 2"
+    else:
+        for name, edges in (("patch_size_zyx", plan.patch_size_zyx), ("sliding_window.tile_zyx", plan.sliding_window.tile_zyx)):
+            for axis, edge in enumerate(edges):
+                step = math.prod(stride[axis] for stride in network.strides_zyx)
+                if edge < 1 or edge % step:
+                    near = max(step, edge // step * step)
+                    yield name, f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.strides_zyx)", f"use {near}"
+
+
+def _input(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    slices = plan.input_slices
+    if slices < 1 or slices % 2 == 0:
+        yield "input_slices", f"{slices}", "use an odd number; 1 is no neighbours"
+    if slices > 1 and plan.patch_size_zyx[0] != 1:
+        yield "input_slices", f"{slices} with patch_size_zyx {list(plan.patch_size_zyx)}", "2.5D patches have z = 1"
+    if (plan.patch_size_zyx[0] == 1) != (plan.sliding_window.tile_zyx[0] == 1):
+        yield "sliding_window.tile_zyx", f"{list(plan.sliding_window.tile_zyx)}", "z is 1 exactly when the patch's is"
+    if any(v <= 0 for v in plan.voxel_size_nm):
+        yield "voxel_size_nm", f"{list(plan.voxel_size_nm)}", "give three positive numbers (z, y, x)"
+    if plan.precision == "fp16" and plan.device == "cpu":
+        yield "precision", "fp16 on the CPU", "use bf16 or fp32"
+    if not 0 <= plan.sliding_window.overlap < 1:
+        yield "sliding_window.overlap", f"{plan.sliding_window.overlap}", "use a share from 0 to below 1"
+
+
+def _classes(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    names = set(plan.class_names)
+    for field, keys in (("class_weights", plan.class_weights), ("decode.thresholds", plan.decode.thresholds)):
+        if set(keys) != names:
+            odd = sorted(names ^ set(keys))[0]
+            yield field, f"{odd} is in only one of {field} and classes", "give one value for each class"
+    if len(names) != len(plan.classes) or not names:
+        yield "classes", f"{len(plan.classes)} entries, {len(names)} names", "list each class once, and at least one"
+    if any(w < 0 for w in plan.class_weights.values()) or not any(plan.class_weights.values()):
+        yield "class_weights", "no positive weight, or a negative one", "weights are 0 or positive"
+    if not plan.split.train:
+        yield "split.train", "is empty", "train on at least one crop"
+
+
+def _run(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    for field, value in (
+        ("batch_size", plan.batch_size),
+        ("accumulate_batches", plan.accumulate_batches),
+        ("num_threads", plan.num_threads),
+        ("sampling.crops_per_step", plan.sampling.crops_per_step),
+        ("sliding_window.batch_size", plan.sliding_window.batch_size),
+        ("optimizer.num_steps", 1 if plan.optimizer.num_steps is None else plan.optimizer.num_steps),
+    ):
+        if value < 1:
+            yield field, f"{value}", "use at least 1"
+    if plan.num_workers < 0:
+        yield "num_workers", f"{plan.num_workers}", "use 0 or more"
+    if plan.optimizer.num_steps is None and not (plan.budget_s and plan.budget_s > 0):
+        yield "optimizer.num_steps", "and budget_s are both open", "set one of them"
+    if plan.optimizer.learning_rate <= 0:
+        yield "optimizer.learning_rate", f"{plan.optimizer.learning_rate}", "use a positive rate"
+    if not 0 <= plan.optimizer.ema_decay < 1:
+        yield "optimizer.ema_decay", f"{plan.optimizer.ema_decay}", "use 0 (off) to below 1"
+    if not 0 <= plan.schedule.warmup_fraction < 1:
+        yield "schedule.warmup_fraction", f"{plan.schedule.warmup_fraction}", "use 0 to below 1"
+    low, high = plan.augmentation.scale_range
+    if not 0 < low <= 1 <= high:
+        yield "augmentation.scale_range", f"{low}, {high}", "the range holds 1"

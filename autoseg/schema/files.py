@@ -1,0 +1,132 @@
+"""Records to JSON files and back: strict, finite, atomic."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import msgspec
+
+from autoseg.errors import PlanError
+from autoseg.schema.records import SCHEMA_VERSION, AnyArtifact, Artifact, Record
+
+A = TypeVar("A", bound=Artifact)
+
+def encode(record: Record) -> bytes:
+    """Return indented JSON, the same bytes for the same record."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+def sha256(record: Record) -> str:
+    """Return the hash of the record's JSON, as hexadecimal."""
+    return hashlib.sha256(encode(record)).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write the file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save(record: Artifact, path: Path) -> None:
+    """Write the artifact; refuse numbers that JSON cannot hold, naming the field."""
+    for field, value in _numbers(msgspec.to_builtins(record)):
+        if not math.isfinite(value):
+            raise PlanError(path, f"{field} is {value}", "this is a fault of autoseg, please report it")
+    write_atomically(path, encode(record))
+
+
+def load(path: Path | str) -> AnyArtifact:
+    """Read any artifact; its `kind` says which record it is."""
+    return decode(_read(Path(path)), AnyArtifact, path)
+
+
+def load_as(path: Path | str, record_type: type[A]) -> A:
+    """Read an artifact of that type, or raise PlanError."""
+    return decode(_read(Path(path)), record_type, path)
+
+
+def decode(content: bytes, record_type: Any, where: object) -> Any:
+    """Parse strictly and check that every number is finite; PlanError names the field and the nearest name."""
+    try:
+        raw = json.loads(content, parse_constant=_refuse_constant)
+        if not isinstance(raw, dict):
+            raise PlanError(where, f"holds {type(raw).__name__}, not an object", "pass a file written by autoseg")
+        version = raw.get("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise PlanError(
+                where, f"schema_version {version!r}", f"this autoseg reads {SCHEMA_VERSION}; write the file anew"
+            )
+        return msgspec.convert(raw, record_type)
+    except msgspec.ValidationError as error:
+        raise PlanError(where, *explain(str(error), record_type)) from None
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
+        raise PlanError(where, f"is not valid JSON ({error})", "repair it, or write it anew") from None
+
+
+def explain(message: str, record_type: Any) -> tuple[str, str]:
+    """Turn a validation message into (what, remedy); suggest the nearest name for an unknown key."""
+    message = message.replace("Object", "object").replace("`", "'")
+    unknown = re.search(r"unknown field '([^']*)'", message)
+    if not unknown:
+        return message.replace("$.", ""), "correct the value"
+    near = nearest(unknown[1], sorted(_field_names(record_type)))
+    return message.replace("$.", ""), f"did you mean {near}?" if near else "remove it"
+
+
+def nearest(name: str, known: list[str]) -> str | None:
+    """Return the most similar known name, quoted, or None."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"'{found[0]}'" if found else None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PlanError(path, error.strerror or "cannot be read", "check the path") from None
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{name}[{index}]")
+    elif isinstance(value, float):
+        yield name, value
+
+
+def _field_names(record_type: Any) -> set[str]:
+    """Every field name reachable from the type, so that a near miss is found at any depth."""
+    names: set[str] = set()
+    if isinstance(record_type, type) and issubclass(record_type, msgspec.Struct):
+        for field in msgspec.structs.fields(record_type):
+            names.add(field.encode_name)
+            names |= _field_names(field.type)
+    for argument in get_args(record_type):
+        names |= _field_names(argument)
+    return names

@@ -1,0 +1,372 @@
+"""Every artifact as a frozen record. Artifacts carry `kind` and `schema_version`; a missing value is None."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
+
+SCHEMA_VERSION = 1
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen value; unknown keys are refused when it is read."""
+
+
+class Artifact(Record, frozen=True, kw_only=True, tag_field="kind"):
+    """A record that is a file of its own."""
+
+    schema_version: int = SCHEMA_VERSION
+
+
+# ---- classes ------------------------------------------------------------------------------------------------
+
+
+class ClassEntry(Record, frozen=True, kw_only=True):
+    """One class: an atom, or a composite that is present exactly where one of its components is."""
+
+    name: str
+    id: int | None = None
+    components: tuple[str, ...] = ()
+    instance: bool = False
+
+
+class ClassTable(Artifact, frozen=True, kw_only=True, tag="class_table"):
+    """Classes and which groups of them exclude each other in a voxel."""
+
+    classes: tuple[ClassEntry, ...]
+    disjoint: tuple[tuple[str, ...], ...] = ()
+
+
+# ---- what the data is ---------------------------------------------------------------------------------------
+
+
+class Intensity(Record, frozen=True, kw_only=True):
+    """Grey values of one EM volume, from a seeded sample of its stored chunks."""
+
+    minimum: float
+    p0_5: float
+    p50: float
+    p99_5: float
+    maximum: float
+    mean: float
+    sd: float
+    num_voxels: int
+
+
+class VolumeFacts(Record, frozen=True, kw_only=True):
+    """One EM volume: its finest level, and its grey values."""
+
+    name: str
+    path: str
+    dtype: str
+    shape_zyx: VoxelsZYX
+    voxel_size_nm: NmZYX
+    intensity: Intensity
+    stored_fraction: float
+
+
+class ClassCount(Record, frozen=True, kw_only=True):
+    """Voxels of one crop by what is known of one class."""
+
+    absent: int
+    present: int
+    unknown: int
+
+
+class CropFacts(Record, frozen=True, kw_only=True):
+    """One annotated box, `dataset/cropN`, and what its annotation holds for each class."""
+
+    name: str
+    volume: str
+    shape_zyx: VoxelsZYX
+    voxel_size_nm: NmZYX
+    origin_nm: NmZYX
+    split: Literal["train", "validate"] | None
+    annotated: tuple[str, ...]
+    counts: dict[str, ClassCount]
+    conflicts: int = 0
+
+    @property
+    def grid(self) -> Grid:
+        """Where the annotation lies."""
+        return Grid(self.shape_zyx, self.voxel_size_nm, self.origin_nm)
+
+
+class LeftOut(Record, frozen=True, kw_only=True):
+    """A crop that could not be used, and why."""
+
+    name: str
+    why: str
+
+
+class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
+    """What a planner may know of a data set."""
+
+    volumes: tuple[VolumeFacts, ...]
+    crops: tuple[CropFacts, ...]
+    classes: tuple[ClassEntry, ...]
+    disjoint: tuple[tuple[str, ...], ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+
+class Gpu(Record, frozen=True, kw_only=True):
+    """One accelerator."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    bf16: bool
+    fp16: bool = True
+
+
+class Hardware(Artifact, frozen=True, kw_only=True, tag="hardware"):
+    """What a planner may know of a machine; `conv_gflops` is measured, by precision, or None."""
+
+    name: str
+    gpus: tuple[Gpu, ...]
+    cpu_name: str
+    cpu_threads: int
+    cpu_bf16: bool
+    ram_bytes: int
+    shm_bytes: int
+    conv_gflops: dict[str, float] | None = None
+
+
+# ---- what to do ---------------------------------------------------------------------------------------------
+
+
+class Reason(Record, frozen=True, kw_only=True):
+    """Why one field of the plan has its value, and where that rule comes from."""
+
+    field: str
+    because: str
+    source: str
+
+
+class Region(Record, frozen=True, kw_only=True):
+    """A crop, or a box of it in voxels of its labels."""
+
+    crop: str
+    box_zyx: tuple[VoxelsZYX, VoxelsZYX] | None = None
+
+    def box(self, shape_zyx: VoxelsZYX) -> Box:
+        """Return the box in voxels of the labels; the whole crop if none is given."""
+        return Box(*self.box_zyx) if self.box_zyx else Box.whole(shape_zyx)
+
+
+class Split(Record, frozen=True, kw_only=True):
+    """Regions to learn from and regions to choose checkpoints by; a voxel is never in both."""
+
+    train: tuple[Region, ...]
+    validate: tuple[Region, ...]
+    rule: Literal["datasplit", "volumes", "crops", "box", "user"]
+
+
+class Network(Record, frozen=True, kw_only=True):
+    """A U-shaped network, level 0 finest; `strides_zyx[i]` leads from level i to level i + 1."""
+
+    kind: Literal["unet", "resunet", "rsunet"]
+    features: tuple[int, ...]
+    kernels_zyx: tuple[VoxelsZYX, ...]
+    strides_zyx: tuple[VoxelsZYX, ...]
+    norm: Literal["batch", "group", "instance"]
+    deep_supervision: bool
+
+
+class Head(Record, frozen=True, kw_only=True):
+    """One output of the network: a sigmoid channel for each class."""
+
+    name: str
+    classes: tuple[str, ...]
+
+
+class Loss(Record, frozen=True, kw_only=True):
+    """A weighted sum of terms over known voxels; a kind is a named set of these weights."""
+
+    kind: Literal["bce", "dice", "dice_bce", "focal", "focal_dice", "tversky"]
+    bce_weight: float
+    dice_weight: float
+    focal_weight: float
+    tversky_weight: float
+    focal_gamma: float
+    tversky_alpha: float
+    tversky_beta: float
+    smooth: float
+
+
+class Sampling(Record, frozen=True, kw_only=True):
+    """How patches are drawn: a share of them centred on a voxel of a class, classes by turn at random."""
+
+    class_centred_fraction: float
+    crops_per_step: int
+
+
+class Normalization(Record, frozen=True, kw_only=True):
+    """Grey value to network input: by the range of the dtype, or by mean and sd of each volume."""
+
+    kind: Literal["dtype", "volume"]
+
+
+class Augmentation(Record, frozen=True, kw_only=True):
+    """A named set of parameters, written out; lengths in voxels of the patch, angles in degrees."""
+
+    preset: Literal["none", "flips", "light", "fib-sem", "sstem"]
+    flip: bool
+    right_angles: bool
+    transpose_z: bool
+    rotation_probability: float
+    rotation_degrees: float
+    scale_probability: float
+    scale_range: tuple[float, float]
+    elastic_probability: float
+    elastic_sigma: float
+    elastic_magnitude: float
+    contrast_probability: float
+    contrast_range: tuple[float, float]
+    brightness_sd: float
+    gamma_probability: float
+    gamma_range: tuple[float, float]
+    noise_probability: float
+    noise_sd_max: float
+    blur_probability: float
+    blur_sigma_range: tuple[float, float]
+    missing_section_probability: float
+
+
+class Optimizer(Record, frozen=True, kw_only=True):
+    """AdamW; `num_steps` None means: as many as `budget_s` allows, fixed before step 1."""
+
+    kind: Literal["adamw"]
+    learning_rate: float
+    weight_decay: float
+    gradient_clip_norm: float
+    ema_decay: float
+    num_steps: int | None
+
+
+class Schedule(Record, frozen=True, kw_only=True):
+    """Learning rate over steps; warm-up first."""
+
+    kind: Literal["warmup_cosine", "one_cycle", "poly", "constant"]
+    warmup_fraction: float
+
+
+class SlidingWindow(Record, frozen=True, kw_only=True):
+    """Inference windows, blended by a Gaussian; mirrored copies are averaged."""
+
+    tile_zyx: VoxelsZYX
+    overlap: float
+    batch_size: int
+    mirror_axes: tuple[Literal["z", "y", "x"], ...]
+    transpose_yx: bool
+
+
+class Decode(Record, frozen=True, kw_only=True):
+    """Probability to label."""
+
+    thresholds: dict[str, float]
+
+
+class Validation(Record, frozen=True, kw_only=True):
+    """How often the validation regions are predicted whole, as a share of the run."""
+
+    num_rounds: int
+
+
+class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
+    """Every decision of one training run, each with its reason."""
+
+    name: str
+    fingerprint_sha256: str
+    hardware: Hardware
+    device: Literal["cpu", "cuda"]
+    classes: tuple[ClassEntry, ...]
+    disjoint: tuple[tuple[str, ...], ...]
+    split: Split
+    voxel_size_nm: NmZYX
+    patch_size_zyx: VoxelsZYX
+    input_slices: int
+    batch_size: int
+    accumulate_batches: int
+    num_workers: int
+    num_threads: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    network: Network
+    heads: tuple[Head, ...]
+    loss: Loss
+    class_weights: dict[str, float]
+    sampling: Sampling
+    normalization: Normalization
+    init: str | None
+    augmentation: Augmentation
+    optimizer: Optimizer
+    schedule: Schedule
+    validation: Validation
+    budget_s: float | None
+    sliding_window: SlidingWindow
+    decode: Decode
+    predicted_memory_bytes: int
+    predicted_ram_bytes: int
+    predicted_step_s: float | None
+    seed: int
+    reasons: tuple[Reason, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the network's channels."""
+        return tuple(entry.name for entry in self.classes)
+
+
+# ---- what came out ------------------------------------------------------------------------------------------
+
+
+class CheckpointHeader(Artifact, frozen=True, kw_only=True, tag="checkpoint"):
+    """What the tensors beside it belong to."""
+
+    plan_sha256: str
+    step: int
+    mean_dice: float | None
+    best_mean_dice: float | None
+    best_step: int | None
+    grad_scale: float | None
+    grad_scale_growth: int
+    sha256: dict[str, str]
+
+
+class ScoreRow(Record, frozen=True, kw_only=True):
+    """Counts of voxels for one crop and class, over known voxels only."""
+
+    crop: str
+    class_: str = msgspec.field(name="class")
+    tp: int
+    fp: int
+    fn: int
+
+
+class ClassScore(Record, frozen=True, kw_only=True):
+    """Ratios of pooled counts; None where there is nothing to divide."""
+
+    dice: float | None
+    iou: float | None
+    precision: float | None
+    recall: float | None
+
+
+class Scores(Artifact, frozen=True, kw_only=True, tag="scores"):
+    """Counts by crop and class, and what follows from them."""
+
+    metric: str
+    rows: tuple[ScoreRow, ...]
+    per_class: dict[str, ClassScore]
+    mean_dice: float | None
+    mean_iou: float | None
+    run: str | None = None
+    checkpoint: str | None = None
+    data: str | None = None
+    prediction: str | None = None
+
+
+AnyArtifact = ClassTable | Fingerprint | Hardware | Plan | CheckpointHeader | Scores

@@ -1,0 +1,77 @@
+"""What a run writes down: log.jsonl (a line for each step), adaptations.jsonl, and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LOG, ADAPTATIONS = "log.jsonl", "adaptations.jsonl"
+
+
+class Journal:
+    """Appends to the run's log; opening it at a step drops later lines, so that every step stands once."""
+
+    def __init__(self, run: Path, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        keep = [line for line in read_lines(run / LOG) if line["step"] <= from_step]
+        self._path = run / LOG
+        _write_lines(self._path, keep)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(run), purge_step=from_step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        """Append one line, and its scalars to TensorBoard."""
+        self._file.write(json.dumps(line) + "\n")
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
+
+    def flush(self) -> None:
+        """Make what was written survive a kill."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.flush()
+        self._file.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+
+
+def adapt(run: Path, event: Mapping[str, Any]) -> None:
+    """Append an event to adaptations.jsonl: something the run had to decide that the plan left open."""
+    with (run / ADAPTATIONS).open("a") as file:
+        file.write(json.dumps(event) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def adaptation(run: Path, name: str) -> dict[str, Any] | None:
+    """Return the last event of that name, None if there is none."""
+    events = [line for line in read_lines(run / ADAPTATIONS) if line.get("event") == name]
+    return events[-1] if events else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file; a torn last line is dropped, a missing file is empty."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(temporary, path)

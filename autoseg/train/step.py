@@ -1,0 +1,119 @@
+"""One optimizer step, and everything that a checkpoint must hold to repeat it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autoseg.model.losses import CodeTable, build_loss
+from autoseg.model.networks import build_network
+from autoseg.model.windows import autocast
+from autoseg.schema import Plan
+from autoseg.train.patches import Batch
+from autoseg.train.schedule import rate_factor
+
+
+class StepResult(NamedTuple):
+    """What one step reports."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+class Learner:
+    """Network, averaged network, optimizer and scaler of one run on one device."""
+
+    def __init__(self, plan: Plan, num_steps: int, device: torch.device) -> None:
+        self.plan, self.num_steps, self.device = plan, num_steps, device
+        layout = torch.channels_last if plan.patch_size_zyx[0] == 1 else torch.contiguous_format
+        self.network = build_network(plan).to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.averaged: dict[str, Tensor] = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=plan.optimizer.learning_rate, weight_decay=plan.optimizer.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")  # type: ignore[attr-defined]
+        self._loss = build_loss(plan)
+
+    def step(self, step: int, batch: Batch) -> StepResult:
+        """Do optimizer step `step` (from 0), micro-batch by micro-batch; without finite gradients it is skipped."""
+        rate = self.plan.optimizer.learning_rate * rate_factor(self.plan.schedule, step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        table = CodeTable(batch.states_CK.to(self.device))
+        images = batch.image_BCZYX.split(self.plan.batch_size)
+        for image, codes in zip(images, batch.codes_BZYX.split(self.plan.batch_size), strict=True):
+            loss = self._forward(image, codes, table) / len(images)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        parameters = self.network.parameters()
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.plan.optimizer.gradient_clip_norm))
+        finite = math.isfinite(total) and math.isfinite(norm)
+        if finite or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if finite:
+            self._average(step)
+        return StepResult(total, norm, rate, not finite)
+
+    def _forward(self, image: Tensor, codes: Tensor, table: CodeTable) -> Tensor:
+        with autocast(self.plan, self.device):
+            logits = self.network(image.to(self.device, non_blocking=True))
+        target, known = table.expand(codes.to(self.device, non_blocking=True).long())
+        return self._loss(logits, target, known)
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Move the averaged weights; early on the average spans only the steps there were."""
+        decay = min(self.plan.optimizer.ema_decay, (step + 1) / (step + 10))
+        for name, value in self.network.state_dict().items():
+            if value.is_floating_point():
+                self.averaged[name].lerp_(value, 1 - decay)
+            else:
+                self.averaged[name].copy_(value)
+
+    def averaged_network(self) -> nn.Module:
+        """Return a network with the averaged weights, ready for inference."""
+        network = build_network(self.plan).to(self.device)
+        network.load_state_dict(self.averaged)
+        return network.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return every tensor that resuming needs beside the averaged weights."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        tensors["rng.torch"] = torch.get_rng_state()
+        return tensors
+
+    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned; tensors that do not fit raise RuntimeError or KeyError."""
+        self.averaged = {name: value.to(self.device) for name, value in weights.items()}
+        self.network.load_state_dict(_under(state, "network."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under(state, "optimizer.").items():
+            index, key = name.split(".", 1)
+            moments.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        torch.set_rng_state(state["rng.torch"].cpu())
+
+
+def make_step(plan: Plan, device: torch.device | str, num_steps: int = 1000) -> Callable[[Batch], StepResult]:
+    """Return the function that takes a batch through forward, loss, backward and optimizer of a fresh network."""
+    learner = Learner(plan, num_steps, torch.device(device))
+    steps = itertools.count()
+    return lambda batch: learner.step(min(next(steps), num_steps - 1), batch)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
