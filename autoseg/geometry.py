@@ -101,17 +101,13 @@ class Grid(NamedTuple):
 
     def crop(self, box: Box) -> Grid:
         """Return the grid of the sub-array `box`."""
-        oz, oy, ox = (
-            o + a * v for o, a, v in zip(self.origin_nm, box.start, self.voxel_size_nm, strict=True)
-        )
+        oz, oy, ox = (o + a * v for o, a, v in zip(self.origin_nm, box.start, self.voxel_size_nm, strict=True))
         return Grid(box.shape_zyx, self.voxel_size_nm, (oz, oy, ox))
 
     def aligned_with(self, other: Grid) -> VoxelsZYX | None:
         """Return the whole-voxel offset of this grid's voxel 0 in `other`, or None if it is not one."""
         offset = []
-        for a, b, v, w in zip(
-            self.origin_nm, other.origin_nm, self.voxel_size_nm, other.voxel_size_nm, strict=True
-        ):
+        for a, b, v, w in zip(self.origin_nm, other.origin_nm, self.voxel_size_nm, other.voxel_size_nm, strict=True):
             shift = (a - b) / w
             if not math.isclose(v, w, rel_tol=1e-6) or abs(shift - round(shift)) > 1e-3:
                 return None
@@ -121,9 +117,7 @@ class Grid(NamedTuple):
     def covering(self, other: Grid) -> Box:
         """Return the smallest box of this grid that covers `other`; it may reach outside this grid."""
         start, stop = [], []
-        for c, e, corner, v in zip(
-            other.corner_nm, other.extent_nm, self.corner_nm, self.voxel_size_nm, strict=True
-        ):
+        for c, e, corner, v in zip(other.corner_nm, other.extent_nm, self.corner_nm, self.voxel_size_nm, strict=True):
             start.append(math.floor((c - corner) / v + 1e-6))
             stop.append(math.ceil((c + e - corner) / v - 1e-6))
         return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))

@@ -251,9 +251,7 @@ def test_ome_sizes_become_nanometres(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("unit", "nm"), [("um", 1e3), ("micron", 1e3), ("\\u00B5m", 1e3), ("nm", 1.0)])
 def test_imagej_sizes_become_nanometres(tmp_path: Path, unit: str, nm: float) -> None:
     metadata = {"axes": "ZYX", "spacing": 40.0, "unit": unit}
-    tifffile.imwrite(
-        tmp_path / "a.tif", volume_of(), imagej=True, resolution=(1 / 5, 1 / 8), metadata=metadata
-    )
+    tifffile.imwrite(tmp_path / "a.tif", volume_of(), imagej=True, resolution=(1 / 5, 1 / 8), metadata=metadata)
     with open_volume(tmp_path / "a.tif") as volume:
         assert volume.voxel_size_nm == pytest.approx((40 * nm, 8 * nm, 5 * nm))
 
@@ -528,8 +526,7 @@ def test_time_alone_counts_as_z(tmp_path: Path) -> None:
 def test_a_slice_of_a_multi_file_ome_set_stands_for_itself(tmp_path: Path) -> None:
     array = volume_of((3, 7, 11))
     blocks = "".join(
-        f'<TiffData FirstZ="{z}" IFD="0" PlaneCount="1">'
-        f'<UUID FileName="s{z}.ome.tif">urn:uuid:{z}</UUID></TiffData>'
+        f'<TiffData FirstZ="{z}" IFD="0" PlaneCount="1"><UUID FileName="s{z}.ome.tif">urn:uuid:{z}</UUID></TiffData>'
         for z in range(3)
     )
     for z in range(3):

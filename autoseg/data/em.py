@@ -85,9 +85,7 @@ def make_normalizer(kind: NormalizationKind, array: store.ArrayReader) -> Normal
 class EmReader:
     """Reads one EM volume on any grid; where the volume ends or was never fetched, the input is 0 and not valid."""
 
-    def __init__(
-        self, em: Path, voxel_size_nm: NmZYX, kind: NormalizationKind, cache: store.ChunkCache
-    ) -> None:
+    def __init__(self, em: Path, voxel_size_nm: NmZYX, kind: NormalizationKind, cache: store.ChunkCache) -> None:
         self.multiscale = store.open_multiscale(em)
         level = self.multiscale.level_for(voxel_size_nm)
         self._level_grid = level.grid

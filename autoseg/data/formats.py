@@ -103,6 +103,12 @@ def open_volume(spec: str | Path) -> Volume:
     return _open_file(paths[0], key) if len(paths) == 1 else _open_stack(file, paths)
 
 
+def in_memory(name: str, array_ZYX: NDArray[Any]) -> Volume:  # noqa: N803
+    """Return an array of axes z, y, x as a volume."""
+    z, y, x = array_ZYX.shape
+    return Volume(name, (z, y, x), array_ZYX.dtype, None, lambda start, stop: array_ZYX[start:stop])
+
+
 def expand_globs(em: str, others: Mapping[str, str]) -> list[dict[str, str]]:
     """Pair the volumes of globs by what `*` matched, one dict a volume; raise DataError for one unpaired."""
     file, key = _split_key(em)
@@ -128,8 +134,7 @@ def expand_globs(em: str, others: Mapping[str, str]) -> list[dict[str, str]]:
     if len(set(names.values())) < len(names):
         raise DataError(em, "its wildcards match several files by the same text", "use a single *")
     return [
-        {name: found[groups] for name, found in specs.items()} | {"match": match}
-        for groups, match in names.items()
+        {name: found[groups] for name, found in specs.items()} | {"match": match} for groups, match in names.items()
     ]
 
 
@@ -362,9 +367,7 @@ def _by_plane(plane: Callable[[int], NDArray[Any]]) -> Callable[[int, int], NDAr
     return lambda start, stop: np.stack([plane(at) for at in range(start, stop)])
 
 
-def _from_array(
-    name: str, source: Any, dtype: Any, voxel_size_nm: VoxelNm | None, is_xyz: bool = False
-) -> Volume:
+def _from_array(name: str, source: Any, dtype: Any, voxel_size_nm: VoxelNm | None, is_xyz: bool = False) -> Volume:
     """Wrap what slices like an array of axes z, y, x (or x, y, z); raise DataError unless it is 2D or 3D."""
     shape = tuple(source.shape)[:: -1 if is_xyz else 1]
     kept = list(range(len(shape)))

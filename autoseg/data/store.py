@@ -100,8 +100,7 @@ class ArrayReader:
         if inside.num_voxels == 0:
             return out
         ranges = (
-            range(a // c, (b - 1) // c + 1)
-            for a, b, c in zip(inside.start, inside.stop, self.chunk_zyx, strict=True)
+            range(a // c, (b - 1) // c + 1) for a, b, c in zip(inside.start, inside.stop, self.chunk_zyx, strict=True)
         )
         for index in itertools.product(*ranges):
             chunk_box = self._chunk_box(index)
@@ -153,9 +152,7 @@ class ArrayReader:
         inside = box.clip(Box.whole(self.shape_zyx))
         if inside.num_voxels == 0:
             return mask
-        axes = [
-            np.arange(a, b) // c for a, b, c in zip(inside.start, inside.stop, self.chunk_zyx, strict=True)
-        ]
+        axes = [np.arange(a, b) // c for a, b, c in zip(inside.start, inside.stop, self.chunk_zyx, strict=True)]
         mask[inside.relative_to(box).slices] = self.stored_chunks[np.ix_(*axes)]
         return mask
 
@@ -198,9 +195,7 @@ def open_multiscale(path: Path) -> Multiscale:
         if names != ["z", "y", "x"]:
             raise DataError(path, f"axes are {names}", "store one channel with axes z, y, x")
         to_nm = [_nm_per_unit(path, axis.get("unit", "nanometer")) for axis in axes]
-        levels = [
-            _level(path, dataset, multiscale.get("coordinateTransformations", []), to_nm) for dataset in datasets
-        ]
+        levels = [_level(path, dataset, multiscale.get("coordinateTransformations", []), to_nm) for dataset in datasets]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise DataError(path, f"malformed multiscales metadata ({_brief(error)})", "repair its .zattrs") from None
     if not levels:
@@ -227,7 +222,9 @@ def _level(path: Path, dataset: dict[str, Any], common: list[Any], to_nm: list[f
     if not array_path.resolve().is_relative_to(path.resolve()):
         raise DataError(path, f"points outside itself ({dataset['path']})", "repair its .zattrs")
     shape = ArrayReader(array_path, ChunkCache(0)).shape_zyx
-    return Level(array_path, Grid(shape, (voxel_size[0], voxel_size[1], voxel_size[2]), (origin[0], origin[1], origin[2])))
+    return Level(
+        array_path, Grid(shape, (voxel_size[0], voxel_size[1], voxel_size[2]), (origin[0], origin[1], origin[2]))
+    )
 
 
 def _nm_per_unit(path: Path, unit: str) -> float:
@@ -346,9 +343,7 @@ def pyramid_grids(grid: Grid, smallest_edge: int = 64) -> list[Grid]:
             break
         size = [v * f for v, f in zip(fine.voxel_size_nm, factors, strict=True)]
         shape = [max(1, n // f) for n, f in zip(fine.shape_zyx, factors, strict=True)]
-        origin = [
-            o + v * (f - 1) / 2 for o, v, f in zip(fine.origin_nm, fine.voxel_size_nm, factors, strict=True)
-        ]
+        origin = [o + v * (f - 1) / 2 for o, v, f in zip(fine.origin_nm, fine.voxel_size_nm, factors, strict=True)]
         grids.append(
             Grid((shape[0], shape[1], shape[2]), (size[0], size[1], size[2]), (origin[0], origin[1], origin[2]))
         )

@@ -69,15 +69,11 @@ def summarize(rows: Sequence[ScoreRow], metric: str) -> Scores:
     )
 
 
-
-
 def _open_prediction(target: Scored, name: str) -> ArrayReader:
     path = target.prediction / name / "s0"
     if not path.is_dir():
         raise DataError(target.prediction, f"has no prediction of {name}", "predict this crop with the run first")
     reader = ArrayReader(path, ChunkCache(128 * 2**20))
     if reader.shape_zyx != target.crop.grid.shape_zyx:
-        raise DataError(
-            path, f"shape {reader.shape_zyx}, the crop has {target.crop.grid.shape_zyx}", "predict it anew"
-        )
+        raise DataError(path, f"shape {reader.shape_zyx}, the crop has {target.crop.grid.shape_zyx}", "predict it anew")
     return reader

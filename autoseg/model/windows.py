@@ -56,9 +56,7 @@ class Predictor(NamedTuple):
         steps = smallest_patch(self.plan.network)
         z, y, x = (
             min(t, -(-(n + 2 * margin) // s) * s)
-            for t, n, s, margin in zip(
-                self.plan.sliding_window.tile_zyx, shape_zyx, steps, self._margin(), strict=True
-            )
+            for t, n, s, margin in zip(self.plan.sliding_window.tile_zyx, shape_zyx, steps, self._margin(), strict=True)
         )
         return z, y, x
 
@@ -75,8 +73,7 @@ class Predictor(NamedTuple):
         margin, tile = self._margin(), self.tile(shape_zyx)
         padded = Box.whole(shape_zyx).grow(margin).shape_zyx
         layout = (
-            t.shift((-margin[0], -margin[1], -margin[2]))
-            for t in tiles(padded, tile, self.plan.sliding_window.overlap)
+            t.shift((-margin[0], -margin[1], -margin[2])) for t in tiles(padded, tile, self.plan.sliding_window.overlap)
         )
         full = (Box(t.start, (t.start[0] + tile[0], t.start[1] + tile[1], t.start[2] + tile[2])) for t in layout)
         importance = compute_importance_map(tile, mode=BlendMode.GAUSSIAN, sigma_scale=0.125).clamp(min=1e-3)

@@ -69,12 +69,10 @@ def choose_strides(draft: Draft) -> Choice:
     spacing = list(draft["voxel_size_nm"])
     edges = list(patch)
     strides = []
-    limit = 4
+    limit = len(draft.settings.get("network.features", range(5))) - 1
     while len(strides) < limit:
         finest = min(v for v, n in zip(spacing, patch, strict=True) if n > 1)
-        stride = [
-            2 if n % 2 == 0 and n >= 8 and v < 2 * finest else 1 for v, n in zip(spacing, edges, strict=True)
-        ]
+        stride = [2 if n % 2 == 0 and n >= 8 and v < 2 * finest else 1 for v, n in zip(spacing, edges, strict=True)]
         if stride == [1, 1, 1]:
             break
         strides.append((stride[0], stride[1], stride[2]))
@@ -83,7 +81,9 @@ def choose_strides(draft: Draft) -> Choice:
     if not strides:
         raise PlanError("patch_size_zyx", f"{list(patch)} cannot be halved once", "use even edges of at least 8")
     bottom = "x".join(str(n) for n in edges)
-    return Choice(tuple(strides), f"each level halves what is not yet coarse; the bottom is {bottom}", "nnU-Net topology")
+    return Choice(
+        tuple(strides), f"each level halves what is not yet coarse; the bottom is {bottom}", "nnU-Net topology"
+    )
 
 
 def choose_features(draft: Draft) -> Choice:

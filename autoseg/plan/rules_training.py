@@ -127,7 +127,9 @@ def choose_tile(draft: Draft) -> Choice:
     if z > 1:
         return Choice((z, y, x), "the patch it was trained on", "patch_size_zyx")
     factor = 2 if draft["device"] == "cpu" or y <= 256 else 1
-    return Choice((1, y * factor, x * factor), "larger than the patch: fewer borders, same network", "fully convolutional")
+    return Choice(
+        (1, y * factor, x * factor), "larger than the patch: fewer borders, same network", "fully convolutional"
+    )
 
 
 def choose_overlap(draft: Draft) -> Choice:

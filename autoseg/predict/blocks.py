@@ -21,7 +21,7 @@ from autoseg.data import store
 from autoseg.data.em import EmReader, read_input
 from autoseg.data.resample import resample
 from autoseg.errors import CheckpointError
-from autoseg.geometry import Box, Grid, VoxelsZYX, blocks
+from autoseg.geometry import Box, VoxelsZYX, blocks
 from autoseg.model import checkpoint
 from autoseg.model.networks import build_network
 from autoseg.model.windows import Predictor
@@ -208,5 +208,3 @@ def _record(out: Path, key: str, digest: str) -> None:
         file.write(json.dumps({"block": key, "sha256": digest}) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from autoseg.data import store
-from autoseg.data.convert import write_em
 from autoseg.data.dataset import Dataset
 from autoseg.data.formats import open_volume
+from autoseg.data.writer import write_em
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX
 from autoseg.schema import Plan
@@ -41,7 +41,9 @@ def crop_regions(plan: Plan, dataset: Dataset, which: str) -> list[Region]:
         chosen = [crop for crop in dataset.crops if crop.name.rsplit("/", 1)[1] in wanted]
         missing = set(wanted) - {crop.name.rsplit("/", 1)[1] for crop in chosen}
         if missing:
-            raise DataError(f"--crops {which}", f"no {sorted(missing)[0]} in {dataset.root}", "use validate, all or N,N")
+            raise DataError(
+                f"--crops {which}", f"no {sorted(missing)[0]} in {dataset.root}", "use validate, all or N,N"
+            )
     return [Region(crop.name, crop.em, crop.grid) for crop in chosen]
 
 
@@ -89,9 +91,7 @@ def cut_roi(region: Region, roi_nm: Sequence[tuple[float, float]]) -> Region:
         stop.append(min(max(round((high - corner) / v), 0), n))
     box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
     if box.num_voxels == 0:
-        extent = " ".join(
-            f"{c:g}:{c + e:g}" for c, e in zip(region.grid.corner_nm, region.grid.extent_nm, strict=True)
-        )
+        extent = " ".join(f"{c:g}:{c + e:g}" for c, e in zip(region.grid.corner_nm, region.grid.extent_nm, strict=True))
         raise DataError("--roi-nm", "lies outside the volume", f"it spans {extent} nm")
     return Region(region.name, region.em, region.grid.crop(box))
 

@@ -1,0 +1,1 @@
+"""SHOWING IT: artifacts become tables, figures and a page."""

@@ -1,7 +1,19 @@
-"""Every artifact as a frozen record (`records`), its JSON (`files`), and what a plan must satisfy (`checks`)."""
+"""Every artifact as a frozen record (`records`), its JSON (`files`), its events (`events`), and what a plan must satisfy (`checks`)."""
 
 from autoseg.schema.checks import check_plan
-from autoseg.schema.files import decode, encode, explain, load, load_as, nearest, save, sha256, write_atomically
+from autoseg.schema.events import Observer, Outcome, StepResult, ValidationScore
+from autoseg.schema.files import (
+    decode,
+    encode,
+    explain,
+    load,
+    load_as,
+    nearest,
+    read_json_lines,
+    save,
+    sha256,
+    write_atomically,
+)
 from autoseg.schema.records import (
     SCHEMA_VERSION,
     AnyArtifact,
@@ -59,7 +71,9 @@ __all__ = [
     "Loss",
     "Network",
     "Normalization",
+    "Observer",
     "Optimizer",
+    "Outcome",
     "Plan",
     "Reason",
     "Record",
@@ -70,7 +84,9 @@ __all__ = [
     "Scores",
     "SlidingWindow",
     "Split",
+    "StepResult",
     "Validation",
+    "ValidationScore",
     "VolumeFacts",
     "check_plan",
     "decode",
@@ -79,6 +95,7 @@ __all__ = [
     "load",
     "load_as",
     "nearest",
+    "read_json_lines",
     "save",
     "sha256",
     "write_atomically",

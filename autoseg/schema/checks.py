@@ -28,7 +28,11 @@ def _network(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if levels < 2 or min(network.features) < 1:
         yield "network.features", f"{list(network.features)}", "give at least two levels of positive widths"
     elif len(network.kernels_zyx) != levels:
-        yield "network.kernels_zyx", f"{len(network.kernels_zyx)} kernels for {levels} levels", "give one for each level"
+        yield (
+            "network.kernels_zyx",
+            f"{len(network.kernels_zyx)} kernels for {levels} levels",
+            "give one for each level",
+        )
     elif len(network.strides_zyx) != levels - 1:
         yield "network.strides_zyx", f"{len(network.strides_zyx)} strides", f"give {levels - 1}, one between two levels"
     elif any(k < 1 or k % 2 == 0 for kernel in network.kernels_zyx for k in kernel):
@@ -36,12 +40,19 @@ def _network(plan: Plan) -> Iterator[tuple[str, str, str]]:
     elif any(s not in (1, 2) for stride in network.strides_zyx for s in stride):
         yield "network.strides_zyx", "a stride is neither 1 nor 2", "use 1 or 2"
     else:
-        for name, edges in (("patch_size_zyx", plan.patch_size_zyx), ("sliding_window.tile_zyx", plan.sliding_window.tile_zyx)):
+        for name, edges in (
+            ("patch_size_zyx", plan.patch_size_zyx),
+            ("sliding_window.tile_zyx", plan.sliding_window.tile_zyx),
+        ):
             for axis, edge in enumerate(edges):
                 step = math.prod(stride[axis] for stride in network.strides_zyx)
                 if edge < 1 or edge % step:
                     near = max(step, edge // step * step)
-                    yield name, f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.strides_zyx)", f"use {near}"
+                    yield (
+                        name,
+                        f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.strides_zyx)",
+                        f"use {near}",
+                    )
 
 
 def _input(plan: Plan) -> Iterator[tuple[str, str, str]]:

@@ -20,6 +20,7 @@ from autoseg.schema.records import SCHEMA_VERSION, AnyArtifact, Artifact, Record
 
 A = TypeVar("A", bound=Artifact)
 
+
 def encode(record: Record) -> bytes:
     """Return indented JSON, the same bytes for the same record."""
     return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
@@ -96,6 +97,21 @@ def nearest(name: str, known: list[str]) -> str | None:
     """Return the most similar known name, quoted, or None."""
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"'{found[0]}'" if found else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file; a torn last line is dropped, a missing file is empty."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
 
 
 def _refuse_constant(name: str) -> float:

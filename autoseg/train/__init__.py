@@ -1,7 +1,7 @@
 """DOING IT: a plan and DATA become a RUN."""
 
 from autoseg.train.loader import batches
-from autoseg.train.loop import Observer, Outcome, train
+from autoseg.train.loop import train
 from autoseg.train.step import make_step
 
-__all__ = ["Observer", "Outcome", "batches", "make_step", "train"]
+__all__ = ["batches", "make_step", "train"]

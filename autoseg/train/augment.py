@@ -40,8 +40,7 @@ def draw_warp(plan: Augmentation, patch_zyx: VoxelsZYX, isotropic: bool, rng: np
     A thin or anisotropic patch is warped within its sections; only an isotropic one also in z.
     """
     rotates, scales, bends = (
-        bool(rng.random() < p)
-        for p in (plan.rotation_probability, plan.scale_probability, plan.elastic_probability)
+        bool(rng.random() < p) for p in (plan.rotation_probability, plan.scale_probability, plan.elastic_probability)
     )
     if not (rotates or scales or bends):
         return Warp(False, False, False, patch_zyx)

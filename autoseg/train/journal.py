@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autoseg.schema import read_json_lines
+
 LOG, ADAPTATIONS = "log.jsonl", "adaptations.jsonl"
 
 
@@ -17,7 +19,7 @@ class Journal:
     def __init__(self, run: Path, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        keep = [line for line in read_lines(run / LOG) if line["step"] <= from_step]
+        keep = [line for line in read_json_lines(run / LOG) if line["step"] <= from_step]
         self._path = run / LOG
         _write_lines(self._path, keep)
         self._file = self._path.open("a")
@@ -52,23 +54,8 @@ def adapt(run: Path, event: Mapping[str, Any]) -> None:
 
 def adaptation(run: Path, name: str) -> dict[str, Any] | None:
     """Return the last event of that name, None if there is none."""
-    events = [line for line in read_lines(run / ADAPTATIONS) if line.get("event") == name]
+    events = [line for line in read_json_lines(run / ADAPTATIONS) if line.get("event") == name]
     return events[-1] if events else None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; a torn last line is dropped, a missing file is empty."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -26,11 +26,22 @@ from autoseg.data.codes import default_cache
 from autoseg.data.dataset import Dataset, open_dataset
 from autoseg.errors import CheckpointError, PlanError
 from autoseg.model import checkpoint
-from autoseg.schema import CheckpointHeader, Plan, check_plan, load_as, save, sha256
+from autoseg.schema import (
+    CheckpointHeader,
+    Observer,
+    Outcome,
+    Plan,
+    Split,
+    StepResult,
+    check_plan,
+    load_as,
+    save,
+    sha256,
+)
 from autoseg.train.journal import Journal, adapt, adaptation
 from autoseg.train.loader import CACHE_BYTES, batches
-from autoseg.train.step import Learner, StepResult
-from autoseg.train.validation import ValidationScore, Validator
+from autoseg.train.step import Learner
+from autoseg.train.validation import Validator
 
 CHECKPOINT_EVERY_S = 300.0
 WARM_UP_STEPS = 3
@@ -39,46 +50,30 @@ MAX_SKIPPED_IN_A_ROW = 20
 BUDGET_USED = 0.97
 
 
-class Outcome(NamedTuple):
-    """How a call to `train` ended."""
-
-    run: Path
-    step: int
-    num_steps: int
-    mean_dice: float | None
-    best_mean_dice: float | None
-    stopped_by: str | None
-
-
-class Observer:
-    """What a front end may watch; the default watches nothing."""
-
-    def started(self, plan: Plan, num_steps: int, from_step: int) -> None:
-        """Training is about to run steps from_step + 1 ... num_steps."""
-
-    def stepped(self, step: int, result: StepResult) -> None:
-        """A step was done."""
-
-    def validated(self, step: int, score: ValidationScore) -> None:
-        """The validation regions were predicted."""
-
-
 def train(
     plan: Plan,
     data: Path,
     run: Path,
     *,
+    split: Split | None = None,
     device: str = "auto",
     cache: Path | None = None,
     observer: Observer | None = None,
+    claimed: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Train the plan on DATA into RUN, or go on with it; PlanError or CheckpointError if RUN does not fit."""
+    """Train the plan on DATA into RUN, or go on with it; PlanError or CheckpointError if RUN does not fit.
+
+    `split` replaces the plan's on other data; `claimed` is called once RUN holds this plan.
+    """
     check_plan(plan, plan.name)
     dataset = open_dataset(data)
-    _check_data(plan, dataset)
+    target = _device(device, plan)
+    used = plan if split is None else msgspec.structs.replace(plan, split=split)
+    _check_data(used, dataset)
     _claim(plan, run)
+    claimed()
     torch.set_num_threads(plan.num_threads)
-    session = _Session(plan, data, dataset, run, _device(device, plan), cache or default_cache())
+    session = _Session(used, sha256(plan), data, dataset, run, target, cache or default_cache())
     with _asked_to_stop() as asked:
         return session.go(observer or Observer(), asked)
 
@@ -87,9 +82,17 @@ class _Session:
     """One process working on one run."""
 
     def __init__(
-        self, plan: Plan, data: Path, dataset: Dataset, run: Path, device: torch.device, cache: Path
+        self,
+        plan: Plan,
+        plan_sha256: str,
+        data: Path,
+        dataset: Dataset,
+        run: Path,
+        device: torch.device,
+        cache: Path,
     ) -> None:
         self.plan, self.data, self.run, self.device, self.cache = plan, data, run, device, cache
+        self.plan_sha256 = plan_sha256
         self.validator = Validator(plan, dataset, cache, CACHE_BYTES)
         self.num_steps = self._fit_steps()
         self.learner = Learner(plan, self.num_steps, device)
@@ -100,9 +103,7 @@ class _Session:
         journal = Journal(self.run, self.header.step)
         observer.started(self.plan, self.num_steps, self.header.step)
         saved_at, skipped = time.monotonic(), 0
-        source = batches(
-            self.plan, self.data, start_step=self.header.step, stop_step=self.num_steps, cache=self.cache
-        )
+        source = batches(self.plan, self.data, start_step=self.header.step, stop_step=self.num_steps, cache=self.cache)
         try:
             for step in range(self.header.step, self.num_steps):
                 before = time.perf_counter()
@@ -112,7 +113,8 @@ class _Session:
                 skipped = skipped + 1 if result.skipped else 0
                 if skipped >= MAX_SKIPPED_IN_A_ROW:
                     raise PlanError(
-                        self.run, f"{skipped} steps in a row without finite gradients (step {step + 1})",
+                        self.run,
+                        f"{skipped} steps in a row without finite gradients (step {step + 1})",
                         "lower optimizer.learning_rate, or --set precision=fp32",
                     )
                 self.header = msgspec.structs.replace(self.header, step=step + 1)
@@ -164,11 +166,17 @@ class _Session:
     def _resume(self) -> CheckpointHeader:
         """Restore the newest whole checkpoint; a run without one starts at step 0."""
         found = checkpoint.newest(self.run / "checkpoints")
-        digest = sha256(self.plan)
+        digest = self.plan_sha256
         if found is None:
             return CheckpointHeader(
-                plan_sha256=digest, step=0, mean_dice=None, best_mean_dice=None, best_step=None,
-                grad_scale=None, grad_scale_growth=0, sha256={},
+                plan_sha256=digest,
+                step=0,
+                mean_dice=None,
+                best_mean_dice=None,
+                best_step=None,
+                grad_scale=None,
+                grad_scale_growth=0,
+                sha256={},
             )
         header = checkpoint.verify(found)
         if header.plan_sha256 != digest:

@@ -128,9 +128,7 @@ class PatchSampler:
         start = tuple(a - m for a, m in zip(patch.start, margin, strict=True))
         stop = tuple(a + r for a, r in zip(start, warp.read_zyx, strict=True))
         image, codes = self._read(source, Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
-        image, codes = augment(
-            image, codes, plan.augmentation, warp, plan.patch_size_zyx, int(rng.integers(2**32))
-        )
+        image, codes = augment(image, codes, plan.augmentation, warp, plan.patch_size_zyx, int(rng.integers(2**32)))
         return image, codes
 
     def _draw_voxel(self, source: _Source, crop: int, k: int | None, rng: np.random.Generator) -> VoxelsZYX:

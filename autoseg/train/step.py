@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +12,9 @@ from torch import Tensor, nn
 from autoseg.model.losses import CodeTable, build_loss
 from autoseg.model.networks import build_network
 from autoseg.model.windows import autocast
-from autoseg.schema import Plan
+from autoseg.schema import Plan, StepResult
 from autoseg.train.patches import Batch
 from autoseg.train.schedule import rate_factor
-
-
-class StepResult(NamedTuple):
-    """What one step reports."""
-
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    skipped: bool
 
 
 class Learner:

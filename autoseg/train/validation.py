@@ -19,15 +19,8 @@ from autoseg.data.store import ChunkCache
 from autoseg.geometry import Box
 from autoseg.metrics.overlap import NOTHING, Counts, count, mean, ratios
 from autoseg.model.windows import Predictor
-from autoseg.schema import Plan
+from autoseg.schema import Plan, ValidationScore
 from autoseg.train.patches import scale_box
-
-
-class ValidationScore(NamedTuple):
-    """Dice by class, None where a class is neither there nor predicted, and their mean."""
-
-    dice: dict[str, float | None]
-    mean_dice: float | None
 
 
 class _Target(NamedTuple):

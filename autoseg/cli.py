@@ -1,0 +1,228 @@
+"""THE DOOR: parse, call, show the result; an expected error is one line on stderr and exit code 2.
+
+Nothing heavy is imported before a command runs, so that `autoseg --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import shtab
+from rich_argparse import RawDescriptionRichHelpFormatter
+
+from autoseg import __version__
+from autoseg.errors import AutosegError
+
+EXIT_OK, EXIT_USER, EXIT_STOPPED = 0, 2, 143
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return EXIT_OK
+    from autoseg import commands
+
+    try:
+        code: int = getattr(commands, f"run_{options.command}")(options)
+        return code
+    except AutosegError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("autoseg: interrupted: run the same command to go on", file=sys.stderr)
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors in the package's grammar, and near names for a mistyped command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `where: what: what to do` and exit with 2."""
+        if "invalid choice" in message and "'" in message:
+            wrong = message.split("'")[1]
+            near = difflib.get_close_matches(wrong, _COMMANDS, n=1)
+            message = f"no command {wrong!r}" + (f", did you mean {near[0]!r}" if near else "")
+        print(f"{self.prog}: {message}: see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_USER)
+
+
+_COMMANDS = ("demo", "import", "fingerprint", "plan", "train", "predict", "evaluate", "report")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
+    parser = _Parser(
+        prog="autoseg",
+        description="Looks at your labelled volume EM and at your machine, writes every training decision with its\n"
+        "reason into one plan, and trains, predicts and scores exactly as that plan says.",
+        epilog="start with:  autoseg demo",
+        formatter_class=RawDescriptionRichHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"autoseg {__version__}")
+    shtab.add_argument_to(parser, ["--print-completion"])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for add in (_demo, _import, _fingerprint, _plan, _train, _predict, _evaluate, _report):
+        add(commands)
+    return parser
+
+
+_Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _command(commands: _Commands, name: str, text: str, example: str, *, data: bool = False) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:  {example}",
+        formatter_class=RawDescriptionRichHelpFormatter,
+    )
+    parser.add_argument("--quiet", action="store_true", help="print results only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
+    if data:
+        _cache(parser)
+    return parser
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="code cache (default: $XDG_CACHE_HOME/autoseg)")
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: what the plan says)")
+
+
+def _demo(commands: _Commands) -> None:
+    parser = _command(
+        commands, "demo", "make synthetic EM, then plan, train, predict, score and report", "autoseg demo"
+    )
+    parser.add_argument("dir", nargs="?", type=Path, default=Path("autoseg-demo"), metavar="DIR")
+    parser.add_argument("--budget", default="75s", help="training time (default: 75s)")
+
+
+def _import(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "import",
+        "bring TIFF, HDF5, NIfTI, npy or PNG volumes into the CellMap layout",
+        "autoseg import data --name vnc --em raw.tif --labels labels.tif --values pm=1 mito=2 "
+        "--voxel-size-nm 50 4.6 4.6 --grid 1 2 2",
+    )
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("--name", required=True, help="name of the data set")
+    parser.add_argument("--em", required=True, metavar="FILE[:key]", help="a file, or a glob in quotes")
+    parser.add_argument("--labels", metavar="FILE[:key]", help="label volume; --values says what its values mean")
+    parser.add_argument("--values", nargs="+", default=[], metavar="CLASS=V[,V]")
+    parser.add_argument("--instances", nargs="+", default=[], metavar="CLASS=FILE[:key]", help="one id per object")
+    parser.add_argument("--mask", metavar="FILE[:key]", help="0 where nothing is annotated")
+    parser.add_argument("--ignore-value", type=int, metavar="V", help="label value that means: not annotated")
+    parser.add_argument("--voxel-size-nm", required=True, nargs=3, metavar=("Z", "Y", "X"))
+    parser.add_argument("--grid", nargs=3, type=int, default=[1, 1, 1], metavar=("NZ", "NY", "NX"), help="cells")
+    parser.add_argument("--crops", metavar="N,N", help="cells to keep as crops, from 1 in raster order (default: all)")
+    parser.add_argument("--validate", default="", metavar="N,N", help="cells that validate; writes datasplit.csv")
+
+
+def _fingerprint(commands: _Commands) -> None:
+    parser = _command(
+        commands, "fingerprint", "measure what the data holds", "autoseg fingerprint data --out f.json", data=True
+    )
+    parser.add_argument("data", nargs="?", type=Path, default=Path("data"), metavar="DATA")
+    parser.add_argument("--out", type=Path, metavar="F")
+
+
+def _plan(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        "decide everything, with reasons",
+        "autoseg plan data --budget 10m --out plans/vnc.json",
+        data=True,
+    )
+    parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="default: ./data")
+    parser.add_argument("--out", type=Path, metavar="PLAN", help="default: plans/<host name>.json")
+    parser.add_argument("--fingerprint", type=Path, metavar="F", help="plan from a fingerprint instead of DATA")
+    parser.add_argument("--hardware", default="local", help="local, or the path of a hardware record")
+    parser.add_argument("--budget", metavar="TIME", help="training time such as 90s, 10m, 2h")
+    parser.add_argument("--classes", metavar="a,b", help="train these classes only")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
+    )
+    parser.add_argument("--diff", nargs=2, type=Path, metavar=("A", "B"), help="show what differs between two plans")
+
+
+def _train(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "train",
+        "train a plan; the same command resumes it",
+        "autoseg train --plan plans/vnc.json --data data --run runs/vnc",
+        data=True,
+    )
+    parser.add_argument("--plan", required=True, type=Path, metavar="PLAN")
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DATA", help="default: ./data")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="default: runs/<plan name>")
+    parser.add_argument(
+        "--fast-dev-run", action="store_true", help="one step, validation, checkpoint and prediction: does it all work"
+    )
+    _device(parser)
+
+
+def _predict(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "predict",
+        "label EM with a trained run; the same command finishes what is missing",
+        "autoseg predict --run runs/vnc --volume raw.tif --out labels.tif",
+        data=True,
+    )
+    parser.add_argument("--run", required=True, type=Path, metavar="RUN")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="DATA")
+    source.add_argument("--volume", metavar="ZARR, TIFF or HDF5[:key]")
+    parser.add_argument("--crops", default=None, metavar="validate, all or N,N", help="with --data (default: all)")
+    parser.add_argument("--out", required=True, type=Path, metavar="OUT.zarr, .tif or .h5")
+    parser.add_argument("--roi-nm", nargs=3, metavar=("Z0:Z1", "Y0:Y1", "X0:X1"))
+    parser.add_argument("--probabilities", action="store_true", help="also write probabilities (255 is 1)")
+    parser.add_argument("--checkpoint", default="best", metavar="last, best or PATH")
+    _device(parser)
+
+
+def _evaluate(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        "score a run on data it has not learnt from",
+        "autoseg evaluate --run runs/vnc --data unseen --per-class",
+        data=True,
+    )
+    parser.add_argument("--run", type=Path, metavar="RUN", help="default: the only run in ./runs")
+    parser.add_argument("--data", type=Path, metavar="DATA", help="default: the DATA it was trained on")
+    parser.add_argument("--pred", type=Path, metavar="OUT.zarr", help="labels from `autoseg predict --data`")
+    parser.add_argument("--per-class", action="store_true", help="print the table of classes")
+    parser.add_argument("--against", type=Path, metavar="OLD.json", help="show the change of each class")
+    parser.add_argument("--out", type=Path, metavar="scores.json", help="default: RUN/scores.json")
+    parser.add_argument("--checkpoint", default="best", metavar="last, best or PATH")
+    _device(parser)
+
+
+def _report(commands: _Commands) -> None:
+    parser = _command(commands, "report", "write one self-contained HTML page", "autoseg report runs/vnc")
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, metavar="report.html", help="default: RUN/report.html")
+    parser.add_argument("--scores", type=Path, metavar="scores.json", help="default: RUN/scores.json if it is there")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""What each command of the door does: turn options into a call, and its result into text or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from autoseg.data.codes import default_cache
+from autoseg.data.convert import import_volumes
+from autoseg.data.dataset import open_dataset
+from autoseg.data.writer import ImportRequest
+from autoseg.errors import DataError, PlanError
+from autoseg.plan import fingerprint, make_plan, parse_settings, probe_hardware
+from autoseg.predict import crop_regions, cut_roi, export_labels, file_region, open_run, predict_regions, volume_regions
+from autoseg.recipes import demo as demo_recipe
+from autoseg.recipes.dev_run import dev_run
+from autoseg.recipes.training import data_of, train_on
+from autoseg.recipes.validate import evaluate_run
+from autoseg.report import terminal
+from autoseg.report.page import write_report
+from autoseg.schema import Fingerprint, Hardware, Plan, Scores, load_as, read_json_lines, save
+
+EXIT_OK, EXIT_STOPPED = 0, 143
+SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Bring volumes into DATA."""
+    sizes = [_number("--voxel-size-nm", text) for text in options.voxel_size_nm]
+    request = ImportRequest(
+        data=options.data,
+        name=options.name,
+        em=options.em,
+        voxel_size_nm=(sizes[0], sizes[1], sizes[2]),
+        labels=options.labels,
+        values=_values(options.values),
+        instances=dict(_pair("--instances", text) for text in options.instances),
+        mask=options.mask,
+        ignore_value=options.ignore_value,
+        grid=(options.grid[0], options.grid[1], options.grid[2]),
+        crops=_cells("--crops", options.crops) if options.crops else None,
+        validate=_cells("--validate", options.validate),
+    )
+    console = terminal.make_console(quiet=options.quiet)
+    imported = import_volumes(request)
+    for remark in imported.remarks:
+        console.print(f"note: {remark}")
+    labelled = f"crops {', '.join(imported.crops)}" if imported.crops else "EM without labels"
+    console.print(f"imported {', '.join(imported.datasets)} into {options.data}: {labelled}")
+    _print_json(options, imported._asdict())
+    return EXIT_OK
+
+
+def run_fingerprint(options: argparse.Namespace) -> int:
+    """Measure DATA."""
+    console = terminal.make_console(quiet=options.quiet)
+    with _progress(console) as progress:
+        facts = fingerprint(options.data, _cache(options, console), progress)
+    if options.out:
+        save(facts, options.out)
+    console.print(terminal.fingerprint_table(facts))
+    _warn_left_out(facts, console)
+    _print_json(options, facts)
+    return EXIT_OK
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Plan, or show what differs between two plans."""
+    console = terminal.make_console(quiet=options.quiet)
+    if options.diff:
+        return _plan_difference(options, console)
+    if options.fingerprint and options.data:
+        raise PlanError("--fingerprint", "and DATA are both given", "pass one of them")
+    hardware = probe_hardware() if options.hardware == "local" else load_as(Path(options.hardware), Hardware)
+    out = options.out or Path("plans") / f"{hardware.name}.json"
+    settings = parse_settings(options.set)
+    if options.budget:
+        settings["budget_s"] = seconds(options.budget)
+    if options.classes:
+        settings["classes.names"] = [name.strip() for name in options.classes.split(",") if name.strip()]
+    if options.fingerprint:
+        facts = load_as(options.fingerprint, Fingerprint)
+    else:
+        with _progress(console) as progress:
+            facts = fingerprint(options.data or Path("data"), _cache(options, console), progress)
+    _warn_left_out(facts, console)
+    plan = make_plan(out.stem, facts, hardware, settings)
+    save(plan, out)
+    console.print(terminal.plan_table(plan))
+    console.print(f"wrote {out}; next: autoseg train --plan {out}")
+    _print_json(options, plan)
+    return EXIT_OK
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Train, resume, or try everything once."""
+    console = terminal.make_console(quiet=options.quiet)
+    plan = load_as(options.plan, Plan)
+    cache = _cache(options, console)
+    if options.fast_dev_run:
+        for line in dev_run(plan, options.data, device=options.device, cache=cache):
+            console.print(line)
+        _print_json(options, {"works": True})
+        return EXIT_OK
+    run = options.run or Path("runs") / plan.name
+    view = terminal.TrainingView(console)
+    try:
+        outcome = train_on(
+            plan,
+            options.data,
+            run,
+            device=options.device,
+            cache=cache,
+            observer=view,
+            warn=lambda text: console.print(f"warning: {text}"),
+        )
+    finally:
+        view.close()
+    losses = [line["loss"] for line in read_json_lines(run / "log.jsonl") if line.get("loss") is not None]
+    console.print(terminal.verdict(outcome, losses))
+    if not outcome.stopped_by:
+        console.print(f"run {run}; next: autoseg evaluate --run {run} --per-class, or autoseg report {run}")
+    _print_json(options, outcome._asdict() | {"run": str(run)})
+    return EXIT_STOPPED if outcome.stopped_by else EXIT_OK
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """Label crops of DATA, or a volume."""
+    console = terminal.make_console(quiet=options.quiet)
+    if options.out.suffix.lower() not in (".zarr", ".tif", ".tiff", ".h5", ".hdf5"):
+        raise DataError(options.out, "has no known ending", "write to .zarr, .tif or .h5")
+    trained = open_run(options.run, options.checkpoint, options.device)
+    cache = _cache(options, console)
+    to_file = options.out.suffix.lower() != ".zarr"
+    if options.data:
+        if to_file or options.roi_nm:
+            raise DataError(options.out, "crops of DATA go into one zarr, whole", "write to .zarr, or use --volume")
+        dataset = open_dataset(options.data)
+        regions = (
+            crop_regions(trained.plan, dataset, options.crops or "all")
+            if dataset.crops
+            else volume_regions(trained.plan, dataset)
+        )
+    else:
+        if options.crops:
+            raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
+        regions = [file_region(trained.plan, options.volume, cache / "em")]
+    if options.roi_nm:
+        regions = [cut_roi(region, [_interval(text) for text in options.roi_nm]) for region in regions]
+    zarr = options.out.with_name(f".{options.out.name}.zarr") if to_file else options.out
+    with _progress(console) as progress:
+        predict_regions(trained, regions, zarr, probabilities=options.probabilities, progress=progress)
+    if to_file:
+        export_labels(zarr, regions[0].grid, trained.plan, options.out, probabilities=options.probabilities)
+        shutil.rmtree(zarr, ignore_errors=True)
+        if options.out.suffix.lower() in (".tif", ".tiff"):
+            numbers = ", ".join(f"{k} {name}" for k, name in enumerate(trained.plan.class_names, start=1))
+            console.print(f"values of the label map: 0 none, {numbers}")
+    console.print(f"wrote {options.out} with checkpoint {trained.checkpoint}")
+    _print_json(
+        options, {"out": str(options.out), "regions": [r.name for r in regions], "checkpoint": trained.checkpoint}
+    )
+    return EXIT_OK
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Score a run."""
+    console = terminal.make_console(quiet=options.quiet)
+    run = options.run or _only_run()
+    data = options.data or data_of(run)
+    with _progress(console) as progress:
+        judged = evaluate_run(
+            run,
+            data,
+            prediction=options.pred,
+            which=options.checkpoint,
+            device=options.device,
+            cache=_cache(options, console),
+            progress=progress,
+        )
+    out = options.out or run / "scores.json"
+    save(judged.scores, out)
+    console.print(f"scored on {judged.on}")
+    if options.per_class:
+        console.print(terminal.score_table(judged.scores, title=f"{run} on {data}"))
+    else:
+        console.print(
+            f"mean Dice {terminal.number(judged.scores.mean_dice)} over {len(judged.scores.per_class)} classes"
+        )
+    if options.against:
+        old = load_as(options.against, Scores)
+        console.print(terminal.change_table(judged.scores, old, f"against {options.against}"))
+    console.print(f"wrote {out}")
+    _print_json(options, judged.scores)
+    return EXIT_OK
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Write the page of a run."""
+    console = terminal.make_console(quiet=options.quiet)
+    out = options.out or options.run / "report.html"
+    write_report(options.run, out, options.scores)
+    console.print(f"wrote {out}")
+    _print_json(options, {"report": str(out)})
+    return EXIT_OK
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Do the main job on synthetic data."""
+    console = terminal.make_console(quiet=options.quiet)
+    view = terminal.TrainingView(console)
+    try:
+        demo = demo_recipe.run_demo(
+            options.dir,
+            observer=view,
+            tell=console.print,
+            budget_s=seconds(options.budget),
+            planned=lambda plan: console.print(terminal.plan_table(plan)),
+        )
+    finally:
+        view.close()
+    if not demo.by_threshold:
+        console.print("stopped; the same command goes on")
+        return EXIT_STOPPED
+    title = "Dice on a volume that the run never saw, beside the best grey-value threshold per class"
+    console.print(terminal.score_table(demo.scores, demo.by_threshold, title=title))
+    report = options.dir / "report.html"
+    write_report(options.dir / "run", report, options.dir / "scores.json")
+    console.print(f"wrote {options.dir / 'scores.json'} and {report}")
+    _print_json(options, {"scores": msgspec.to_builtins(demo.scores), "by_threshold": demo.by_threshold})
+    return EXIT_OK
+
+
+def seconds(text: str) -> float:
+    """Return the seconds of a duration such as 90, 90s, 10m, 2h or 1d."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)([smhd]?)", text.strip())
+    if not match or float(match[1]) == 0:
+        raise PlanError("--budget", f"{text!r} is not a duration", "write 90s, 10m or 2h")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def _plan_difference(options: argparse.Namespace, console: Console) -> int:
+    a, b = (load_as(path, Plan) for path in options.diff)
+    rows = difference(msgspec.to_builtins(a), msgspec.to_builtins(b))
+    rows = [row for row in rows if not row[0].startswith("reasons")]
+    console.print(terminal.difference_table(rows, (str(options.diff[0]), str(options.diff[1]))))
+    _print_json(options, {field: [x, y] for field, x, y in rows})
+    return EXIT_OK
+
+
+def difference(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted field, value in a, value in b) wherever two nested values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        rows = []
+        for key in [*a, *(key for key in b if key not in a)]:
+            rows += difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+        return rows
+    return [] if a == b else [(name, a, b)]
+
+
+def _only_run() -> Path:
+    runs = sorted(path.parent for path in Path("runs").glob("*/plan.json"))
+    if len(runs) != 1:
+        found = f"{len(runs)} runs: {', '.join(str(run) for run in runs)}" if runs else "no run"
+        raise PlanError("runs", f"holds {found}", "say which: --run RUN" if runs else "train one first: autoseg train")
+    return runs[0]
+
+
+def _cache(options: argparse.Namespace, console: Console) -> Path:
+    cache: Path = options.cache or default_cache()
+    console.print(f"code cache {cache} (deleting it is always safe)", style="dim")
+    return cache
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    disable = not console.is_terminal or console.quiet
+    with Progress(*columns, console=console, transient=True, disable=disable) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _warn_left_out(facts: Fingerprint, console: Console) -> None:
+    for item in facts.left_out:
+        console.print(f"warning: left out {item.name}: {item.why}")
+    for crop in facts.crops:
+        if crop.conflicts:
+            console.print(
+                f"warning: {crop.name}: {crop.conflicts:,} voxels contradict the class table; annotation wins"
+            )
+
+
+def _print_json(options: argparse.Namespace, value: Any) -> None:
+    if options.json:
+        print(msgspec.json.encode(value, enc_hook=str).decode())
+
+
+def _number(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(flag, f"{text!r} is not a number", "give three positive numbers, in nm, order z y x") from None
+
+
+def _pair(flag: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise DataError(flag, f"{text!r} is not NAME=VALUE", f"write {flag} mito=...")
+    return name, value
+
+
+def _values(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    values: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, numbers = _pair("--values", text)
+        if name in values:
+            raise DataError("--values", f"{name} is given twice", "list its values with commas: mito=1,2")
+        values[name] = _cells("--values", numbers)
+    return values
+
+
+def _cells(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise DataError(flag, f"{text!r} is not a list of integers", f"write {flag} 1,2") from None
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, colon, high = text.partition(":")
+    try:
+        if colon:
+            return float(low), float(high)
+    except ValueError:
+        pass
+    raise DataError("--roi-nm", f"{text!r} is not start:stop", "write three such as 0:400 0:2000 0:2000, in nm")

@@ -1,0 +1,97 @@
+"""plan + DATA -> RUN, with what a run must know of its data: does the plan fit, and which DATA was it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from autoseg.data.codes import default_cache
+from autoseg.data.split import SplitCrop, derive_split
+from autoseg.errors import PlanError
+from autoseg.plan import fingerprint
+from autoseg.schema import Fingerprint, Observer, Outcome, Plan, Split, load_as, save, sha256
+from autoseg.train import train
+from autoseg.train.journal import adapt, adaptation
+
+Warn = Callable[[str], None]
+
+
+def train_on(
+    plan: Plan,
+    data: Path,
+    run: Path,
+    *,
+    device: str = "auto",
+    cache: Path | None = None,
+    observer: Observer | None = None,
+    warn: Warn = lambda text: None,
+) -> Outcome:
+    """Train the plan on DATA into RUN; on another DATA than the plan's the split is derived again and recorded."""
+    cache = cache or default_cache()
+    facts = fingerprint(data, cache)
+    _check_classes(plan, facts, data)
+    split = plan.split
+    if sha256(facts) != plan.fingerprint_sha256:
+        warn(f"{data} is not the data that {plan.name} was planned for (its fingerprint differs)")
+        split = _split_for(plan, facts, data, warn)
+    remember = functools.partial(_remember, run, data, facts, split if split != plan.split else None)
+    return train(plan, data, run, split=split, device=device, cache=cache, observer=observer, claimed=remember)
+
+
+def _remember(run: Path, data: Path, facts: Fingerprint, split: Split | None) -> None:
+    """Write down, once, which DATA a run learns from, and the split if it is not the plan's."""
+    if (run / "fingerprint.json").exists():
+        return
+    if split is not None:
+        adapt(run, {"event": "split", "split": msgspec.to_builtins(split)})
+    adapt(run, {"event": "data", "path": str(data.resolve())})
+    save(facts, run / "fingerprint.json")
+
+
+def data_of(run: Path) -> Path:
+    """Return the DATA that the run was trained on."""
+    event = adaptation(run, "data")
+    if event is None:
+        raise PlanError(run, "does not say which data it was trained on", "pass --data")
+    return Path(event["path"])
+
+
+def split_of(run: Path) -> Split:
+    """Return the split the run used: its plan's, unless it had to be derived again."""
+    event = adaptation(run, "split")
+    return load_as(run / "plan.json", Plan).split if event is None else msgspec.convert(event["split"], Split)
+
+
+def _check_classes(plan: Plan, facts: Fingerprint, data: Path) -> None:
+    known = {entry.name for entry in facts.classes}
+    missing = [name for name in plan.class_names if name not in known]
+    if missing:
+        raise PlanError(data, f"does not annotate {missing[0]}, a class of {plan.name}", "plan anew for this data")
+
+
+def _split_for(plan: Plan, facts: Fingerprint, data: Path, warn: Warn) -> Split:
+    """Return the plan's split if every region of it exists in this data, else derive it by the plan's rule."""
+    shapes = {crop.name: crop.shape_zyx for crop in facts.crops}
+    regions = (*plan.split.train, *plan.split.validate)
+    fits = all(
+        region.crop in shapes
+        and all(b <= n for b, n in zip(region.box(shapes[region.crop]).stop, shapes[region.crop], strict=True))
+        for region in regions
+    )
+    if fits and {region.crop for region in regions} == set(shapes):
+        return plan.split
+    crops = [
+        SplitCrop(
+            name=crop.name,
+            volume=crop.volume,
+            shape_zyx=crop.shape_zyx,
+            present={name: crop.counts[name].present for name in plan.class_names},
+            declared=crop.split,
+        )
+        for crop in facts.crops
+    ]
+    warn(f"the split of {plan.name} does not fit {data}; it was derived again and written to adaptations.jsonl")
+    return derive_split(crops, plan.seed)

@@ -1,0 +1,202 @@
+"""What the terminal shows: tables and progress on stderr, plain lines where it is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from autoseg.metrics.overlap import mean
+from autoseg.schema import ClassCount, Fingerprint, Observer, Outcome, Plan, Scores, StepResult, ValidationScore
+
+MISSING = "–"
+LINES_EVERY_S = 10.0
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """Return the console for people: stderr, so that stdout stays for --json."""
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=False)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return the number, or a dash where there is none."""
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return every decision with its value, reason and source; parameters of a preset are folded into it."""
+    table = Table(title=f"plan {plan.name}", title_justify="left", expand=True, show_lines=False)
+    table.add_column("decision", no_wrap=True)
+    table.add_column("value", overflow="fold", ratio=3)
+    table.add_column("because", overflow="fold", ratio=6)
+    table.add_column("source", overflow="fold", ratio=2, style="dim")
+    for reason in plan.reasons:
+        if reason.source in ("augmentation.preset", "kind of loss", "paper default"):
+            continue
+        value = short_value(field_value(plan, reason.field))
+        table.add_row(reason.field, value, reason.because, reason.source)
+    return table
+
+
+def field_value(plan: Plan, field: str) -> Any:
+    """Return the value of a dotted field; "dimensions" is read off the patch."""
+    if field == "dimensions":
+        flat = plan.patch_size_zyx[0] == 1
+        return "3d" if not flat else "2.5d" if plan.input_slices > 1 else "2d"
+    value: Any = plan
+    for part in field.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def short_value(value: Any) -> str:
+    """Return a value in few characters."""
+    if isinstance(value, tuple) and value and hasattr(value[0], "name"):
+        return f"{len(value)}: " + " ".join(str(entry.name) for entry in value)
+    if isinstance(value, tuple):
+        return " ".join(short_value(item) for item in value) if value else "none"
+    if isinstance(value, dict):
+        different = set(value.values())
+        if len(different) == 1:
+            return f"{different.pop()} for all {len(value)}"
+        return " ".join(f"{key}={item:g}" for key, item in value.items())
+    if hasattr(value, "train"):
+        return f"{len(value.train)} train, {len(value.validate)} validate"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 2**20:
+        return f"{value / 2**30:.2f} GiB"
+    return f"{value:.4g}" if isinstance(value, float) else MISSING if value is None else str(value)
+
+
+def fingerprint_table(facts: Fingerprint) -> Table:
+    """Return classes by their annotated and positive voxels and crops."""
+    table = Table(title=f"{len(facts.crops)} crops in {len(facts.volumes)} volumes", title_justify="left")
+    for name in ("class", "annotated", "positive", "share", "crops that annotate it", "crops that contain it"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for entry in facts.classes:
+        counts = [c.counts[entry.name] for c in facts.crops if entry.name in c.counts]
+        positive, known = sum(c.present for c in counts), sum(c.present + c.absent for c in counts)
+        table.add_row(
+            entry.name,
+            f"{known:,}",
+            f"{positive:,}",
+            f"{positive / known:.2%}" if known else MISSING,
+            str(sum(_known(c) > 0 for c in counts)),
+            str(sum(c.present > 0 for c in counts)),
+        )
+    return table
+
+
+def _known(count: ClassCount) -> int:
+    return count.present + count.absent
+
+
+def score_table(scores: Scores, beside: Mapping[str, float | None] | None = None, title: str = "scores") -> Table:
+    """Return Dice, IoU, precision, recall and true voxels by class; `beside` adds a column to compare with."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("class")
+    for name in ("Dice", "IoU", "precision", "recall", "true voxels", *(("threshold",) if beside else ())):
+        table.add_column(name, justify="right")
+    for name, score in scores.per_class.items():
+        truth = sum(row.tp + row.fn for row in scores.rows if row.class_ == name)
+        cells = [number(score.dice), number(score.iou), number(score.precision), number(score.recall), f"{truth:,}"]
+        table.add_row(name, *cells, *((number(beside.get(name)),) if beside else ()))
+    table.add_section()
+    extra = (number(mean(list(beside.values()))),) if beside else ()
+    table.add_row("mean", number(scores.mean_dice), number(scores.mean_iou), "", "", "", *extra, style="bold")
+    return table
+
+
+def change_table(new: Scores, old: Scores, title: str) -> Table:
+    """Return Dice before and after by class."""
+    table = Table(title=title, title_justify="left")
+    for name in ("class", "before", "after", "change"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    rows = [(name, old.per_class[name].dice, s.dice) for name, s in new.per_class.items() if name in old.per_class]
+    for name, before, after in [*rows, ("mean", old.mean_dice, new.mean_dice)]:
+        change = MISSING if before is None or after is None else f"{after - before:+.3f}"
+        table.add_row(name, number(before), number(after), change)
+    return table
+
+
+def difference_table(rows: Sequence[tuple[str, Any, Any]], names: tuple[str, str]) -> Table:
+    """Return the fields in which two artifacts differ."""
+    table = Table(title=f"{len(rows)} fields differ", title_justify="left")
+    for name in ("field", *names):
+        table.add_column(name, overflow="fold")
+    for field, a, b in rows:
+        table.add_row(field, str(a), str(b))
+    return table
+
+
+class TrainingView(Observer):
+    """Progress of a training run: a live line on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal or console.quiet,
+        )
+        self._began = self._said = time.monotonic()
+        self._from, self._total, self._dice = 0, 0, ""
+
+    def started(self, plan: Plan, num_steps: int, from_step: int) -> None:
+        """Print the loss and the weights, and start the bar."""
+        loss = plan.loss
+        terms = [f"{n} {w:g}" for n in ("bce", "dice", "focal", "tversky") if (w := getattr(loss, f"{n}_weight"))]
+        self.console.print(
+            f"loss {loss.kind}: {', '.join(terms)}; smooth {loss.smooth:g}; class weights "
+            f"{short_value(plan.class_weights)}"
+        )
+        resumed = f", going on from step {from_step}" if from_step else ""
+        self.console.print(f"{num_steps} steps of {plan.batch_size * plan.accumulate_batches} patches{resumed}")
+        self._from, self._total = from_step, num_steps
+        self._began = self._said = time.monotonic()
+        self._bar.start()
+        self._task = self._bar.add_task("loss –", total=num_steps, completed=from_step, rate="")
+
+    def stepped(self, step: int, result: StepResult) -> None:
+        """Move the bar."""
+        now = time.monotonic()
+        rate = (step - self._from) / max(now - self._began, 1e-6)
+        text = f"loss {result.loss:.3f}{self._dice}"
+        self._bar.update(self._task, completed=step, description=text, rate=f"{rate:.1f} it/s")
+        if self._bar.disable and (now - self._said > LINES_EVERY_S or step == self._total):
+            left = (self._total - step) / rate
+            self.console.print(f"step {step}/{self._total}  {text}  {rate:.1f} it/s  {left:.0f} s left")
+            self._said = now
+
+    def validated(self, step: int, score: ValidationScore) -> None:
+        """Print Dice by class."""
+        self._dice = f"  Dice {number(score.mean_dice)}"
+        classes = "  ".join(f"{name} {number(value)}" for name, value in score.dice.items())
+        self.console.print(f"step {step}: validation Dice {number(score.mean_dice)}  ({classes})")
+
+    def close(self) -> None:
+        """Take the bar down."""
+        self._bar.stop()
+
+
+def verdict(outcome: Outcome, losses: Sequence[float]) -> str:
+    """Return one sentence on how the run ended and what its loss did over the last tenth."""
+    if outcome.stopped_by:
+        return (
+            f"stopped by {outcome.stopped_by} at step {outcome.step} of {outcome.num_steps}; the same command goes on"
+        )
+    tenth = max(1, len(losses) // 10)
+    before, after = losses[-2 * tenth : -tenth], losses[-tenth:]
+    text = f"done: {outcome.num_steps} steps, best validation Dice {number(outcome.best_mean_dice)}"
+    if before and after:
+        change = sum(after) / len(after) - sum(before) / len(before)
+        falls = change < -0.02 * abs(sum(before) / len(before))
+        text += "; the loss was still falling, a longer --budget may help" if falls else "; the loss had levelled off"
+    return text
