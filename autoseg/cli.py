@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import shtab
 from rich_argparse import RawDescriptionRichHelpFormatter
@@ -78,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+if TYPE_CHECKING:
+    _Commands = argparse._SubParsersAction["_Parser"]
 
 
 def _command(commands: _Commands, name: str, text: str, example: str, *, data: bool = False) -> argparse.ArgumentParser:

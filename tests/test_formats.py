@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoseg.data import formats
+
 from autoseg.data.formats import Volume, expand_globs, open_volume, write_hdf5, write_tiff
+from autoseg.data.formats import readers, writers
 from autoseg.errors import DataError
 
 SHAPE = (5, 7, 11)
@@ -224,13 +225,13 @@ def test_nifti_intensities_are_scaled(tmp_path: Path) -> None:
 def test_a_tiled_tiff_is_read_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ome_tiff(tmp_path, volume_of())
     pages: list[int] = []
-    whole = formats._whole
+    whole = readers._whole
 
     def spy(page: Any) -> Any:
         pages.append(page.index)
         return whole(page)
 
-    monkeypatch.setattr(formats, "_whole", spy)
+    monkeypatch.setattr(readers, "_whole", spy)
     with open_volume(spec) as volume:
         pages.clear()
         volume.read(2, 4)
@@ -693,7 +694,7 @@ def test_tiff_round_trip(tmp_path: Path, shape: tuple[int, int, int], dtype: str
 
 
 def test_a_large_tiff_is_bigtiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_BIGTIFF_BYTES", 100)
+    monkeypatch.setattr(writers, "_BIGTIFF_BYTES", 100)
     write_tiff(tmp_path / "out.tif", SHAPE, "u1", slabs_of(volume_of()), VOXEL_NM)
     with tifffile.TiffFile(tmp_path / "out.tif") as tif:
         assert tif.is_bigtiff

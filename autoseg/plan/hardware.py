@@ -56,7 +56,7 @@ def usable_ram_bytes() -> int:
             limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
         except (OSError, ValueError):
             continue
-    return min(limits)
+    return int(min(limits))
 
 
 def measure_conv_gflops(device: torch.device, threads: int) -> dict[str, float]:
@@ -78,18 +78,19 @@ def _precisions(device: torch.device) -> dict[str, torch.dtype]:
 
 def _conv_gflops(device: torch.device, dtype: torch.dtype) -> float:
     layout = torch.channels_last
-    conv = torch.nn.Conv2d(32, 32, 3, padding=1, bias=False).to(device, dtype, memory_format=layout)
+    weight = torch.randn(32, 32, 3, 3).to(device, dtype, memory_format=layout).requires_grad_()
     image = torch.randn(8, 32, 128, 128).to(device, dtype, memory_format=layout).requires_grad_()
+    gradient = torch.randn(8, 32, 128, 128).to(device, dtype, memory_format=layout)
     flops = 3 * 2 * 9 * 32 * 32 * 8 * 128 * 128
 
     def once() -> None:
-        conv(image).sum().backward()
+        torch.nn.functional.conv2d(image, weight, padding=1).backward(gradient)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     once()
     once()
-    times = []
+    times: list[float] = []
     while sum(times) < PROBE_SECONDS or len(times) < 3:
         start = time.perf_counter()
         once()

@@ -68,7 +68,7 @@ def choose_strides(draft: Draft) -> Choice:
     patch: VoxelsZYX = draft["patch_size_zyx"]
     spacing = list(draft["voxel_size_nm"])
     edges = list(patch)
-    strides = []
+    strides: list[tuple[int, int, int]] = []
     limit = len(draft.settings.get("network.features", range(5))) - 1
     while len(strides) < limit:
         finest = min(v for v, n in zip(spacing, patch, strict=True) if n > 1)

@@ -1,0 +1,24 @@
+"""Fixtures and settings of all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from strategies import make_dataset
+
+settings.register_profile(
+    "autoseg",
+    deadline=None,  # the machine may be shared; pytest-timeout stops what hangs
+    derandomize=True,  # the same examples in every run; `--hypothesis-profile=explore` looks further
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("explore", parent=settings.get_profile("autoseg"), derandomize=False, max_examples=500)
+settings.load_profile("autoseg")
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> Path:
+    """DATA with two small, partially annotated, learnable crops of one volume (see strategies.make_dataset)."""
+    return make_dataset(tmp_path / "data")
