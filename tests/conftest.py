@@ -10,6 +10,7 @@ from strategies import make_dataset
 
 settings.register_profile(
     "autoseg",
+    max_examples=50,
     deadline=None,  # the machine may be shared; pytest-timeout stops what hangs
     derandomize=True,  # the same examples in every run; `--hypothesis-profile=explore` looks further
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -5,13 +5,14 @@ Import it as `from strategies import make_dataset` (pytest puts tests/ on the pa
 
 from __future__ import annotations
 
-import itertools
-import math
 import shutil
+import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
+import msgspec
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,9 +20,7 @@ from scipy import ndimage
 
 from autoseg import schema
 from autoseg.data import store
-from autoseg.data.convert import import_arrays
 from autoseg.data.dataset import EM_NAME, GROUNDTRUTH, RECON
-from autoseg.data.writer import ImportRequest
 from autoseg.geometry import Grid, NmZYX, VoxelsZYX
 
 UNKNOWN_LABEL = 250
@@ -54,6 +53,8 @@ def make_dataset(
     `partial`: the first section of crop 1 is unknown for every class, and the last crop (of several) does not
     annotate the last class. `validate` lists crops (from 1) that datasplit.csv holds out; without, no datasplit.
     """
+    from autoseg.data.convert import ImportRequest, import_arrays
+
     z, y, x = shape
     rng = np.random.default_rng(seed)
     whole = (z, y, x * crops)
@@ -134,3 +135,179 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
         str(path.relative_to(root)): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in [root, *sorted(root.rglob("*"))]
     }
+
+
+# ---- geometry -----------------------------------------------------------------------------------------------
+
+VOXEL_SIZES_NM = (1.74, 2.0, 2.62, 3.48, 4.0, 4.6, 8.0, 13.92, 16.0, 32.0, 50.0)
+
+
+def shapes(largest: int = 12) -> st.SearchStrategy[VoxelsZYX]:
+    """Return shapes with edges from 1 to `largest`."""
+    edge = st.integers(1, largest)
+    return st.tuples(edge, edge, edge)
+
+
+def voxel_sizes() -> st.SearchStrategy[NmZYX]:
+    """Return voxel sizes as they occur, axes independent."""
+    size = st.sampled_from(VOXEL_SIZES_NM)
+    return st.tuples(size, size, size)
+
+
+@st.composite
+def grids(draw: st.DrawFn, largest: int = 12) -> Grid:
+    """Return a grid anywhere, at any usual voxel size."""
+    origin = st.floats(-1e5, 1e5, allow_nan=False).map(lambda nm: round(nm, 2))
+    return Grid(draw(shapes(largest)), draw(voxel_sizes()), draw(st.tuples(origin, origin, origin)))
+
+
+# ---- records ------------------------------------------------------------------------------------------------
+
+
+def values_of(kind: Any) -> st.SearchStrategy[Any]:
+    """Return values of a type that occurs in a record."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return records(kind)
+    if isinstance(kind, type) and kind in (str, bool, int, float, type(None)):
+        return _SCALARS[kind]
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin in (Union, types.UnionType):
+        return st.one_of([values_of(a) for a in arguments])
+    if origin is dict:
+        return st.dictionaries(values_of(arguments[0]), values_of(arguments[1]), max_size=2)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return st.lists(values_of(arguments[0]), max_size=2).map(tuple)
+    if origin is tuple:
+        return st.tuples(*[values_of(a) for a in arguments])
+    raise TypeError(f"no strategy for {kind!r}")
+
+
+def records(record_type: type[Any]) -> st.SearchStrategy[Any]:
+    """Return records of that type with any values its fields may hold."""
+    return _records(record_type)
+
+
+@cache
+def _records(record_type: type[Any]) -> st.SearchStrategy[Any]:
+    fields = {field.name: values_of(field.type) for field in msgspec.structs.fields(record_type)}
+    if "schema_version" in fields:
+        fields["schema_version"] = st.just(schema.SCHEMA_VERSION)
+    return st.builds(record_type, **fields)
+
+
+_SCALARS: dict[type, st.SearchStrategy[Any]] = {
+    str: st.text(max_size=6),
+    bool: st.booleans(),
+    int: st.integers(-(2**63), 2**63 - 1),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    type(None): st.none(),
+}
+
+ARTIFACTS: tuple[type[Any], ...] = get_args(schema.AnyArtifact)
+
+
+def valid_plan(**changes: Any) -> schema.Plan:
+    """Return a small plan without a contradiction (2D U-Net, classes mito and pm), with these fields changed."""
+    classes = (schema.ClassEntry(name="mito", id=50), schema.ClassEntry(name="pm", id=2))
+    names = tuple(entry.name for entry in classes)
+    plan = schema.Plan(
+        name="small",
+        fingerprint_sha256="0" * 64,
+        hardware=schema.Hardware(
+            name="here",
+            gpus=(),
+            cpu_name="cpu",
+            cpu_threads=1,
+            cpu_bf16=False,
+            ram_bytes=2**32,
+            shm_bytes=2**30,
+        ),
+        device="cpu",
+        classes=classes,
+        disjoint=(),
+        split=schema.Split(train=(schema.Region(crop="demo/crop1"),), validate=(), rule="user"),
+        voxel_size_nm=(40.0, 8.0, 8.0),
+        patch_size_zyx=(1, 32, 32),
+        input_slices=1,
+        batch_size=2,
+        accumulate_batches=1,
+        num_workers=0,
+        num_threads=1,
+        precision="fp32",
+        network=schema.Network(
+            kind="unet",
+            features=(4, 8),
+            kernels_zyx=((1, 3, 3), (1, 3, 3)),
+            strides_zyx=((1, 2, 2),),
+            norm="batch",
+            deep_supervision=False,
+        ),
+        heads=(schema.Head(name="semantic", classes=names),),
+        loss=schema.Loss(
+            kind="dice_bce",
+            bce_weight=1.0,
+            dice_weight=1.0,
+            focal_weight=0.0,
+            tversky_weight=0.0,
+            focal_gamma=2.0,
+            tversky_alpha=0.5,
+            tversky_beta=0.5,
+            smooth=1.0,
+        ),
+        class_weights=dict.fromkeys(names, 1.0),
+        sampling=schema.Sampling(class_centred_fraction=0.5, crops_per_step=2),
+        normalization=schema.Normalization(kind="dtype"),
+        init=None,
+        augmentation=no_augmentation(),
+        optimizer=schema.Optimizer(
+            kind="adamw",
+            learning_rate=1e-3,
+            weight_decay=1e-2,
+            gradient_clip_norm=1.0,
+            ema_decay=0.0,
+            num_steps=4,
+        ),
+        schedule=schema.Schedule(kind="warmup_cosine", warmup_fraction=0.1),
+        validation=schema.Validation(num_rounds=1, tolerance=0.0),
+        budget_s=None,
+        sliding_window=schema.SlidingWindow(
+            tile_zyx=(1, 32, 32), overlap=0.5, batch_size=2, mirror_axes=(), transpose_yx=False
+        ),
+        decode=schema.Decode(thresholds=dict.fromkeys(names, 0.5)),
+        predicted_memory_bytes=2**20,
+        predicted_ram_bytes=2**20,
+        predicted_step_s=None,
+        seed=0,
+        reasons=(),
+    )
+    return msgspec.structs.replace(plan, **changes)
+
+
+def no_augmentation(**changes: Any) -> schema.Augmentation:
+    """Return the augmentation that changes nothing, with these fields changed."""
+    nothing = schema.Augmentation(
+        preset="none",
+        flip=False,
+        right_angles=False,
+        transpose_z=False,
+        rotation_probability=0.0,
+        rotation_degrees=0.0,
+        scale_probability=0.0,
+        scale_range=(1.0, 1.0),
+        elastic_probability=0.0,
+        elastic_sigma=12.0,
+        elastic_magnitude=0.0,
+        contrast_probability=0.0,
+        contrast_range=(1.0, 1.0),
+        brightness_sd=0.0,
+        gamma_probability=0.0,
+        gamma_range=(1.0, 1.0),
+        noise_probability=0.0,
+        noise_sd_max=0.0,
+        blur_probability=0.0,
+        blur_sigma_range=(0.5, 1.0),
+        missing_section_probability=0.0,
+    )
+    return msgspec.structs.replace(nothing, **changes)

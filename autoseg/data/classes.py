@@ -12,7 +12,7 @@ Annotation beats inference; a contradiction is counted. Cost depends on the numb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -53,10 +53,7 @@ def select(table: ClassTable, names: Iterable[str]) -> tuple[ClassEntry, ...]:
     chosen = []
     for name in names:
         if name not in entries:
-            near = nearest(name, list(entries))
-            raise DataError(
-                name, "is not a class of the table", f"did you mean {near}?" if near else "add it to classes.json"
-            )
+            raise _no_class(name, entries)
         chosen.append(entries[name])
     return tuple(chosen)
 
@@ -67,34 +64,33 @@ class Logic:
     def __init__(self, table: ClassTable) -> None:
         self.names = tuple(entry.name for entry in table.classes)
         self._index = {name: i for i, name in enumerate(self.names)}
-        atoms = {e.name: frozenset(e.components) or frozenset({e.name}) for e in table.classes}
-        for entry in table.classes:
-            missing = [part for part in entry.components if part not in self._index]
-            if missing:
-                raise DataError(entry.name, f"component {missing[0]!r} is not a class", "add it to classes.json")
+        atoms = _atoms({entry.name: entry.components for entry in table.classes})
         num = len(self.names)
         self._part_of = np.zeros((num, num), dtype=bool)  # [part, composite]
         self._components = np.zeros((num, num), dtype=bool)
         self._disjoint = np.zeros((num, num), dtype=bool)
         for i, a in enumerate(table.classes):
             for j, b in enumerate(table.classes):
-                self._part_of[i, j] = i != j and bool(b.components) and atoms[a.name] < atoms[b.name]
+                self._part_of[i, j] = i != j and bool(b.components) and atoms[a.name] <= atoms[b.name]
                 self._components[i, j] = a.name in b.components
                 official = a.id is not None and b.id is not None
                 self._disjoint[i, j] = i != j and official and not atoms[a.name] & atoms[b.name]
         for group in table.disjoint:
-            members = [self._index[name] for name in group if name in self._index]
+            members = self.columns(group)
             for i in members:
                 self._disjoint[i, [j for j in members if j != i]] = True
 
     def rows(self, states_CK: States, names: Sequence[str]) -> States:
         """Spread states of the annotated classes `names` over all classes of the table, the others unknown."""
         rows = np.full((states_CK.shape[0], len(self.names)), UNKNOWN, dtype=np.uint8)
-        rows[:, [self._index[name] for name in names]] = states_CK
+        rows[:, self.columns(names)] = states_CK
         return rows
 
     def columns(self, names: Sequence[str]) -> list[int]:
-        """Return the column of each of these classes."""
+        """Return the column of each of these classes; DataError names the first that is not in the table."""
+        for name in names:
+            if name not in self._index:
+                raise _no_class(name, self.names)
         return [self._index[name] for name in names]
 
     def complete(self, annotated_CK: States) -> tuple[States, NDArray[np.bool_]]:
@@ -124,6 +120,31 @@ class Logic:
             | (annotated_CK == UNKNOWN) & says_present & says_absent
         )
         return states, conflicts
+
+
+def _atoms(components: Mapping[str, Sequence[str]]) -> dict[str, frozenset[str]]:
+    """Return the atoms of each class, parts of parts taken apart; an atom is its own."""
+    found: dict[str, frozenset[str]] = {}
+
+    def visit(name: str, inside: tuple[str, ...]) -> frozenset[str]:
+        if name in inside:
+            raise DataError(name, f"contains itself ({' > '.join([*inside, name])})", "correct classes.json")
+        if name not in found:
+            for part in components[name]:
+                if part not in components:
+                    raise DataError(name, f"component {part!r} is not a class", "add it to classes.json")
+            parts = [visit(part, (*inside, name)) for part in components[name]]
+            found[name] = frozenset().union(*parts) if parts else frozenset({name})
+        return found[name]
+
+    for name in components:
+        visit(name, ())
+    return found
+
+
+def _no_class(name: str, known: Iterable[str]) -> DataError:
+    near = nearest(name, list(known))
+    return DataError(name, "is not a class of the table", f"did you mean {near}?" if near else "add it to classes.json")
 
 
 def _any(flags_CK: NDArray[np.bool_], relation_KK: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -50,7 +50,8 @@ class CropCodes(NamedTuple):
     @property
     def histogram_C(self) -> NDArray[np.int64]:
         """Return the number of voxels of each code."""
-        return self.counts_BC.sum(axis=0, dtype=np.int64)
+        histogram: NDArray[np.int64] = self.counts_BC.sum(axis=0, dtype=np.int64)
+        return histogram
 
 
 def default_cache() -> Path:
@@ -63,16 +64,23 @@ def open_codes(crop: Crop, voxel_size_nm: NmZYX, cache: Path) -> CropCodes:
     """Return the label codes of a crop at that voxel size, from the cache or built into it."""
     grid = crop.grid.at_voxel_size(voxel_size_nm)
     folder = cache / "codes" / _content_key(crop, grid)
-    if not (folder / "table.json").exists():
+    if not folder.exists():
         _build_into(crop, grid, folder)
     try:
-        table = json.loads((folder / "table.json").read_bytes())
-        codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
-        counts = np.load(folder / "counts.npy", allow_pickle=False)
-        states = np.array(table["states"], dtype=np.uint8)
-    except (OSError, ValueError, KeyError) as error:
+        return _read_entry(folder, grid)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(folder, f"damaged code cache ({error})", "delete this folder; it is built anew") from None
-    return CropCodes(grid, codes, tuple(table["names"]), states, counts)
+
+
+def _read_entry(folder: Path, grid: Grid) -> CropCodes:
+    table = json.loads((folder / "table.json").read_bytes())
+    codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
+    counts = np.load(folder / "counts.npy", allow_pickle=False)
+    names, states = tuple(table["names"]), np.array(table["states"], dtype=np.uint8)
+    expected = (grid.shape_zyx, (len(index_blocks(grid.shape_zyx)), len(states)), (len(states), len(names)))
+    if (codes.shape, counts.shape, states.shape) != expected:
+        raise ValueError(f"shapes {codes.shape}, {counts.shape}, {states.shape} instead of {expected}")
+    return CropCodes(grid, codes, names, states, counts)
 
 
 def index_blocks(shape_zyx: VoxelsZYX) -> list[Box]:
@@ -81,7 +89,7 @@ def index_blocks(shape_zyx: VoxelsZYX) -> list[Box]:
 
 
 def _content_key(crop: Crop, grid: Grid) -> str:
-    digest = hashlib.sha256(repr((CODES_VERSION, grid)).encode())
+    digest = hashlib.sha256(repr((CODES_VERSION, crop.grid, grid)).encode())
     for label in crop.labels:
         digest.update(repr((label.name, label.instance, label.absent, label.unknown)).encode())
         for folder, subfolders, files in os.walk(label.path):
@@ -96,8 +104,11 @@ def _content_key(crop: Crop, grid: Grid) -> str:
 
 def _build_into(crop: Crop, grid: Grid, folder: Path) -> None:
     """Build in a temporary folder and rename; when two processes build at once, the first one wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    except OSError as error:
+        raise DataError(folder.parent, f"cannot be written ({error.strerror})", "choose another --cache") from None
     try:
         rows = _build(crop, grid, temporary)
         table = {"crop": crop.name, "names": [label.name for label in crop.labels], "states": rows}

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from autoseg.data import store
 from autoseg.data.classes import table_of
 from autoseg.errors import AutosegError, DataError
-from autoseg.geometry import Grid
+from autoseg.geometry import Box, Grid
 from autoseg.schema import ClassTable, LeftOut
 
 RECON = "recon-1"
@@ -128,7 +128,7 @@ def _find_em(zarr_path: Path) -> Path | None:
     folder = zarr_path / RECON / "em"
     found = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     usual = [p for p in found if p.name == EM_NAME]
-    return (usual or found or [None])[0]
+    return next(iter(usual or found), None)
 
 
 def _read_datasplit(path: Path) -> Iterator[_Row]:
@@ -176,7 +176,7 @@ def _open_crop(row: _Row) -> Crop:
         raise DataError(row.name, f"its zarr has no EM under {RECON}/em", "add the EM, or remove the crop")
     if not row.group.is_dir():
         raise DataError(row.group, "does not exist", "correct the datasplit, or restore the crop")
-    store.open_multiscale(row.em)
+    em_grid = store.open_multiscale(row.em).levels[0].grid
     names = sorted(p.name for p in row.group.iterdir() if p.is_dir() and p.name != "all")
     if row.classes is not None:
         names = [name for name in names if name in row.classes]
@@ -190,6 +190,8 @@ def _open_crop(row: _Row) -> Crop:
     for name, grid in zip(names, grids, strict=True):
         if grid.aligned_with(grids[0]) != (0, 0, 0) or grid.shape_zyx != grids[0].shape_zyx:
             raise DataError(row.group / name, f"lies on another grid than {names[0]}", "store all classes on one grid")
+    if em_grid.covering(grids[0]).clip(Box.whole(em_grid.shape_zyx)).num_voxels == 0:
+        raise DataError(row.group, f"lies outside its EM {row.em}", "correct the translations in .zattrs")
     return Crop(row.name, row.em, grids[0], tuple(labels), row.split)
 
 

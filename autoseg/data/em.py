@@ -71,7 +71,7 @@ def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensit
 
 
 def make_normalizer(kind: NormalizationKind, array: store.ArrayReader) -> Normalizer:
-    """Return the normalizer of the volume whose finest level this is; integers by dtype map their range to [0, 1]."""
+    """Return the normalizer of the volume with this (finest stored) level; by dtype, integers become [0, 1]."""
     path, dtype = array.path, array.dtype
     if kind == "dtype":
         if dtype.kind not in "ui":
@@ -82,6 +82,12 @@ def make_normalizer(kind: NormalizationKind, array: store.ArrayReader) -> Normal
     return Normalizer(grey.mean, max(grey.sd, 1e-6))
 
 
+def finest_stored(multiscale: store.Multiscale, cache: store.ChunkCache) -> store.ArrayReader:
+    """Return the finest level of which anything was fetched; the finest of all if nothing was."""
+    arrays = [store.ArrayReader(level.path, cache) for level in multiscale.levels]
+    return next((array for array in arrays if array.stored_chunks.any()), arrays[0])
+
+
 class EmReader:
     """Reads one EM volume on any grid; where the volume ends or was never fetched, the input is 0 and not valid."""
 
@@ -90,7 +96,7 @@ class EmReader:
         level = self.multiscale.level_for(voxel_size_nm)
         self._level_grid = level.grid
         self._array = store.ArrayReader(level.path, cache)
-        self._normalize = make_normalizer(kind, store.ArrayReader(self.multiscale.levels[0].path, cache))
+        self._normalize = make_normalizer(kind, finest_stored(self.multiscale, cache))
         self.complete = bool(self._array.stored_chunks.all())
 
     @property
@@ -107,11 +113,15 @@ class EmReader:
         valid = None if inside and self.complete else self._array.stored_mask(box)
         if valid is not None:
             grey[~valid] = 0
-        if offset is None:
-            source = self._level_grid.crop(box)
-            grey = resample(grey, source, grid, area=False)
-            if valid is not None:
-                valid = resample(valid.astype(np.float32), source, grid, area=True) > 0.5
+        if offset is not None:
+            return grey, valid
+        source = self._level_grid.crop(box)
+        grey = resample(grey, source, grid, area=False)
+        if valid is not None:  # divide by the share that is real, so that the zeros beside it do not darken the edge
+            real = valid.astype(np.float32)
+            grey /= np.maximum(resample(real, source, grid, area=False), 1e-3)
+            valid = resample(real, source, grid, area=True) > 0.5
+            grey[~valid] = 0
         return grey, valid
 
 

@@ -16,8 +16,9 @@ def axis_weights(
 ) -> NDArray[np.float32] | None:
     """Return the weights (target length, source length) for axes given as (length, voxel size, origin) in nm.
 
-    Rows sum to 1; beyond its ends the source repeats its border. `area` averages over the target voxel also when
-    it is smaller than the source's (labels); otherwise enlarging is linear (EM). None is the identity.
+    Rows sum to 1. A target voxel that reaches beyond the source averages what lies inside; one that lies outside
+    takes the border. `area` averages over the target voxel also when it is smaller than the source's (labels);
+    otherwise enlarging is linear (EM). None is the identity.
     """
     n_source, v_source, o_source = source
     n_target, v_target, o_target = target
@@ -26,12 +27,14 @@ def axis_weights(
     if abs(ratio - 1) < 1e-6 and n_source == n_target and np.abs(centres - np.arange(n_source)).max() < 1e-3:
         return None
     cells = np.arange(n_source)[None, :]
-    centres = np.clip(centres, 0, n_source - 1)[:, None]
+    clamped = np.clip(centres, 0, n_source - 1)[:, None]
     if ratio > 1 + 1e-6 or area:
-        low, high = centres - ratio / 2, centres + ratio / 2
+        low, high = centres[:, None] - ratio / 2, centres[:, None] + ratio / 2
         weights = np.clip(np.minimum(high, cells + 0.5) - np.maximum(low, cells - 0.5), 0, None)
+        outside = weights.sum(axis=1) < 1e-6
+        weights[outside] = cells == np.rint(clamped[outside])
     else:
-        weights = np.clip(1 - np.abs(centres - cells), 0, None)
+        weights = np.clip(1 - np.abs(clamped - cells), 0, None)
     normalised: NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     return normalised
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autoseg.geometry import Box, VoxelsZYX
+from autoseg.geometry import VoxelsZYX
 from autoseg.schema import Region, Split
 
 VALIDATION_SHARE = 0.15
@@ -63,7 +63,8 @@ def _hold_out(groups: list[list[SplitCrop]], rng: np.random.Generator) -> set[st
     """Pick groups, at random, until the share is reached; never the last that holds a class for training."""
     total = _presence([crop for group in groups for crop in group])
     wanted = max(1, round(VALIDATION_SHARE * len(groups)))
-    kept, chosen = list(range(len(groups))), set()
+    kept = list(range(len(groups)))
+    chosen: set[int] = set()
     for index in rng.permutation(len(groups)).tolist():
         rest = _presence([crop for i in kept if i != index for crop in groups[i]])
         if len(chosen) < wanted and set(rest) == set(total):
@@ -77,7 +78,7 @@ def _presence(crops: Sequence[SplitCrop]) -> set[str]:
 
 
 def _box(crops: Sequence[SplitCrop]) -> Split:
-    """Hold out the end of the crop that holds most classes, along its longest in-plane axis."""
+    """Hold out the end of the crop that holds most classes, along its longest in-plane axis; one line is not cut."""
     crop = max(crops, key=lambda c: (sum(n > 0 for n in c.present.values()), np.prod(c.shape_zyx), c.name))
     total = sum(int(np.prod(c.shape_zyx)) for c in crops)
     axis = 1 + int(np.argmax(crop.shape_zyx[1:]))
@@ -85,11 +86,14 @@ def _box(crops: Sequence[SplitCrop]) -> Split:
     share = VALIDATION_SHARE * total / int(np.prod(crop.shape_zyx))
     wanted = max(1, min(round(length * share), length // 2))
     wanted = max(BOX_STEP, wanted // BOX_STEP * BOX_STEP) if length >= 4 * BOX_STEP else wanted
-    start = [0, 0, 0]
-    start[axis] = length - wanted
-    box = Box((start[0], start[1], start[2]), crop.shape_zyx)
+    if length < 2:
+        return Split(train=tuple(Region(crop=c.name) for c in crops), validate=(), rule="box")
+    start, stop = [0, 0, 0], list(crop.shape_zyx)
+    start[axis] = stop[axis] = length - wanted
+    learnt = Region(crop=crop.name, box_zyx=((0, 0, 0), (stop[0], stop[1], stop[2])))
+    held_out = Region(crop=crop.name, box_zyx=((start[0], start[1], start[2]), crop.shape_zyx))
     return Split(
-        train=tuple(Region(crop=c.name) for c in crops),
-        validate=(Region(crop=crop.name, box_zyx=(box.start, box.stop)),),
+        train=tuple(learnt if c.name == crop.name else Region(crop=c.name) for c in crops),
+        validate=(held_out,),
         rule="box",
     )

@@ -49,7 +49,16 @@ def score_labels(
             for block in blocks(target.box.shape_zyx, BLOCK):
                 box = block.shift(target.box.start)
                 total += count(reader.read(box) > 0, codes.codes_ZYX[box.slices], states[:, k])
-            rows.append(ScoreRow(crop=target.crop.name, class_=name, tp=total.tp, fp=total.fp, fn=total.fn))
+            whole = target.box == Box.whole(target.crop.grid.shape_zyx)
+            row = ScoreRow(
+                crop=target.crop.name,
+                class_=name,
+                tp=total.tp,
+                fp=total.fp,
+                fn=total.fn,
+                box_zyx=None if whole else (target.box.start, target.box.stop),
+            )
+            rows.append(row)
     progress("crops", len(targets), len(targets))
     return summarize(rows, METRIC)
 

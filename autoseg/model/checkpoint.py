@@ -38,6 +38,8 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    if find(folder, "best") == _old(folder / "best"):  # a kill came between the two renames of `_replace`
+        _old(folder / "best").rename(folder / "best")
     new = folder / f".writing-{os.getpid()}"
     new.mkdir()
     try:
@@ -49,13 +51,19 @@ def save_checkpoint(
         _flush(new / HEADER)
         if best:
             copy = folder / f".writing-best-{os.getpid()}"
-            shutil.copytree(new, copy, copy_function=os.link)
+            shutil.copytree(new, copy, copy_function=_link)
             _replace(copy, folder / "best")
         if (folder / "last").exists():
             _replace(folder / "last", folder / "previous")
         _replace(new, folder / "last")
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def find(folder: Path, name: str) -> Path:
+    """Return the checkpoint of that name; while it is being replaced, or after a kill just then, the one before."""
+    path = folder / name
+    return _old(path) if not path.exists() and _old(path).exists() else path
 
 
 def newest(folder: Path) -> Path | None:
@@ -100,15 +108,39 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network.load_state_dict(found)
 
 
+def initialize(network: nn.Module, path: Path) -> list[str]:
+    """Put every tensor that fits into the network; return the heads that do not, CheckpointError for anything else."""
+    found, wanted = load_tensors(path), network.state_dict()
+    fitting = {name: found[name] for name in wanted if name in found and found[name].shape == wanted[name].shape}
+    random = sorted(set(wanted) - set(fitting))
+    for name in random:
+        if not name.startswith("heads."):
+            raise CheckpointError(path, f"{name} does not fit this network", "use weights of the same network")
+    network.load_state_dict(fitting, strict=False)
+    return random
+
+
 def _replace(source: Path, target: Path) -> None:
     """Rename a folder over another; the old one disappears only after the new one stands."""
-    old = target.with_name(f".old-{target.name}")
+    old = _old(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     source.rename(target)
     _flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".old-{path.name}")
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _flush(path: Path) -> None:

@@ -50,7 +50,7 @@ def build_loss(plan: Plan) -> Callable[[list[Tensor], Tensor, Tensor], Tensor]:
 
 def masked_loss(logits: Tensor, target: Tensor, known: Tensor, loss: Loss, class_weights: Tensor) -> Tensor:
     """Return the weighted mean over classes of the loss's terms; all inputs are (B, classes, Z, Y, X)."""
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     num_known = known.sum(dim=(0, 2, 3, 4))
     per_class = torch.zeros_like(num_known)
     if loss.bce_weight or loss.focal_weight:
@@ -58,7 +58,8 @@ def masked_loss(logits: Tensor, target: Tensor, known: Tensor, loss: Loss, class
         if loss.bce_weight:
             per_class = per_class + loss.bce_weight * _mean(bce, known, num_known)
         if loss.focal_weight:
-            focal = (1 - torch.exp(-bce)) ** loss.focal_gamma * bce
+            wrong = (-torch.expm1(-bce)).clamp(min=EPSILON)  # at 0 a root has no finite slope
+            focal = wrong**loss.focal_gamma * bce
             per_class = per_class + loss.focal_weight * _mean(focal, known, num_known)
     if loss.dice_weight or loss.tversky_weight:
         probability = torch.sigmoid(logits) * known

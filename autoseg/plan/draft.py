@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args, get_origin
 
 import msgspec
@@ -11,7 +12,7 @@ import msgspec
 from autoseg.errors import PlanError
 from autoseg.schema import Fingerprint, Hardware, Plan, Reason, explain, nearest
 
-DERIVED = ("schema_version", "fingerprint_sha256", "hardware", "reasons", "disjoint") + tuple(
+DERIVED = ("schema_version", "fingerprint_sha256", "hardware", "heads", "reasons", "disjoint") + tuple(
     f"predicted_{name}" for name in ("memory_bytes", "ram_bytes", "step_s")
 )
 
@@ -79,6 +80,8 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             value = msgspec.convert(_parse(text, value_type), value_type)
         except msgspec.ValidationError as error:
             raise PlanError(f"--set {field}", *explain(str(error), value_type)) from None
+        if not all(math.isfinite(number) for number in numbers(value)):
+            raise PlanError(f"--set {field}", f"{text} is not a finite number", "correct the value")
         if keyed:
             settings.setdefault(f"{parent}.*", {})[key] = value
         else:
@@ -96,6 +99,17 @@ def leaf_fields(record: type[msgspec.Struct], prefix: str = "") -> list[tuple[st
         else:
             found.append((name, field.type))
     return found
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """Yield every number inside a value; truth values are none."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
 
 
 def _parse(text: str, value_type: Any) -> Any:

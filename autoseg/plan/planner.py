@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,13 +13,53 @@ from autoseg.errors import PlanError
 from autoseg.plan import rules_data as data
 from autoseg.plan import rules_network as network
 from autoseg.plan import rules_training as training
-from autoseg.plan.draft import Choice, Draft
-from autoseg.schema import Augmentation, Fingerprint, Hardware, Head, Loss, Plan, check_plan, explain, sha256
+from autoseg.plan.draft import Choice, Draft, numbers
+from autoseg.schema import (
+    Augmentation,
+    Fingerprint,
+    Hardware,
+    Head,
+    Loss,
+    Plan,
+    Split,
+    check_plan,
+    explain,
+    nearest,
+    sha256,
+)
 
 Rule = Callable[[Draft], Choice]
 
 _LOSS_FIELDS = [name for name in Loss.__struct_fields__ if name != "kind"]
 _AUGMENTATION_FIELDS = [name for name in Augmentation.__struct_fields__ if name != "preset"]
+
+# The rules compute with these, so a value that is not positive must not reach them.
+_POSITIVE = (
+    "voxel_size_nm",
+    "patch_size_zyx",
+    "input_slices",
+    "batch_size",
+    "network.features",
+    "network.kernels_zyx",
+    "network.strides_zyx",
+)
+
+
+def _split(draft: Draft) -> Choice:
+    """Return the split of the rule, with the sides that the user set in their place."""
+    choice = data.choose_split(draft)
+    changed = {n: draft.settings[f"split.{n}"] for n in Split.__struct_fields__ if f"split.{n}" in draft.settings}
+    if not changed:
+        return choice
+    names = [crop.name for crop in draft.fingerprint.crops]
+    for side in ("train", "validate"):
+        for region in changed.get(side, ()):
+            if region.crop not in names:
+                hint = f"did you mean {nearest(region.crop, names)}?"
+                raise PlanError(f"split.{side}", f"{region.crop} is not in this data", hint)
+    split = msgspec.structs.replace(choice.value, **({"rule": "user"} | changed))
+    return Choice(split, f"set by the user ({', '.join(changed)}), else: {choice.because}", "user")
+
 
 # In order: a rule sees only what stands above it. "dimensions" is not a field; others follow from it.
 RULES: tuple[tuple[str, Rule], ...] = (
@@ -26,7 +67,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("device", network.choose_device),
     ("precision", network.choose_precision),
     ("classes", data.choose_classes),
-    ("split", data.choose_split),
+    ("split", _split),
     ("voxel_size_nm", data.choose_voxel_size),
     ("dimensions", data.choose_dimensions),
     ("patch_size_zyx", data.choose_patch_size),
@@ -63,6 +104,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("schedule.kind", training.choose_schedule),
     ("schedule.warmup_fraction", training.choose_warmup),
     ("validation.num_rounds", training.choose_validation_rounds),
+    ("validation.tolerance", training.choose_tolerance),
     ("sliding_window.tile_zyx", training.choose_tile),
     ("sliding_window.overlap", training.choose_overlap),
     ("sliding_window.batch_size", training.choose_window_batch),
@@ -81,12 +123,17 @@ def make_plan(name: str, fingerprint: Fingerprint, hardware: Hardware, settings:
     Raises PlanError where a setting contradicts another, or nothing fits the machine.
     """
     draft = Draft(fingerprint, hardware, settings)
+    _check_settings(settings)
     for field, rule in RULES:
         draft.decide(field, rule(draft))
+        if field == "classes":
+            _check_class_settings(draft)
+        if field == "network.kernels_zyx":
+            _check_network(draft)
     values = draft.nested()
     del values["dimensions"]
     values |= {
-        "name": name,
+        "name": settings.get("name", name),
         "fingerprint_sha256": sha256(fingerprint),
         "hardware": hardware,
         "disjoint": fingerprint.disjoint,
@@ -99,3 +146,41 @@ def make_plan(name: str, fingerprint: Fingerprint, hardware: Hardware, settings:
         raise PlanError(name, *explain(str(error), Plan)) from None
     check_plan(plan, name)
     return plan
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for field in _POSITIVE:
+        if not all(number > 0 for number in numbers(settings.get(field, ()))):
+            raise PlanError(field, f"{settings[field]} is not positive", "use at least 1")
+    if len(settings.get("network.features", (1, 1))) < 2:
+        raise PlanError("network.features", f"{list(settings['network.features'])}", "give at least two levels")
+
+
+def _check_class_settings(draft: Draft) -> None:
+    names = [entry.name for entry in draft["classes"]]
+    for field in ("class_weights", "decode.thresholds"):
+        for name in draft.settings.get(f"{field}.*", {}):
+            if name not in names:
+                near = nearest(name, names)
+                hint = f"did you mean {near}?" if near else f"the plan has {', '.join(names)}"
+                raise PlanError(f"{field}.{name}", "is not a class of this plan", hint)
+
+
+def _check_network(draft: Draft) -> None:
+    """Refuse a network that cannot be built; what it costs is traced before the plan is complete."""
+    features, kernels, strides = (draft[f"network.{name}"] for name in ("features", "kernels_zyx", "strides_zyx"))
+    levels = len(strides) + 1
+    if len(features) != levels:
+        what = f"{len(features)} levels, and the patch is halved {levels - 1} times (network.strides_zyx)"
+        raise PlanError("network.features", what, f"give {levels} widths")
+    if len(kernels) != levels:
+        raise PlanError("network.kernels_zyx", f"{len(kernels)} kernels for {levels} levels", f"give {levels}")
+    if any(k % 2 == 0 for kernel in kernels for k in kernel):
+        raise PlanError("network.kernels_zyx", "a kernel edge is not odd", "use 1, 3, 5 or 7")
+    if any(s not in (1, 2) for stride in strides for s in stride):
+        raise PlanError("network.strides_zyx", "a stride is neither 1 nor 2", "use 1 or 2")
+    for axis, edge in enumerate(draft["patch_size_zyx"]):
+        step = math.prod(stride[axis] for stride in strides)
+        if edge % step:
+            what = f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.strides_zyx)"
+            raise PlanError("patch_size_zyx", what, f"use {max(step, edge // step * step)}")

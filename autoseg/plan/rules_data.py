@@ -16,6 +16,7 @@ ANISOTROPY_OF_SECTIONS = 3.0
 VALID_SHARE = 0.9
 PATCH_EDGES = (512, 384, 320, 256, 192, 160, 128, 96, 64, 48, 32, 16)
 SLICES_2_5D = 5
+SLICES_OF_SECTIONS = 3
 MIN_POSITIVE_VOXELS = 50
 
 
@@ -101,8 +102,8 @@ def choose_dimensions(draft: Draft) -> Choice:
     if depth < SLICES_2_5D:
         return Choice("2d", f"crops are {depth} sections deep, fewer than {SLICES_2_5D}", "geometry")
     if draft["device"] == "cpu":
-        because = f"no GPU, and sections are {anisotropy:.1f} times coarser than in plane: 3D steps cost too much"
-        return Choice("2d", because, "measured: 3D steps on two CPU cores")
+        because = "no GPU: neighbouring sections as channels cost nothing, 3D steps many times more"
+        return Choice("2.5d", because, "measured on VNC, CPU")
     if anisotropy >= ANISOTROPY_OF_SECTIONS:
         because = f"sections are {anisotropy:.1f} times coarser than in plane (at least {ANISOTROPY_OF_SECTIONS:g})"
         return Choice("3d" if depth >= 8 else "2.5d", because, "Lee et al. 2017; nnU-Net's threshold")
@@ -130,6 +131,10 @@ def choose_patch_size(draft: Draft) -> Choice:
 
 def choose_input_slices(draft: Draft) -> Choice:
     """Return the number of neighbouring sections given to the network as channels; 1 unless 2.5D."""
+    z, y, x = draft["voxel_size_nm"]
+    if draft["dimensions"] == "2.5d" and z / min(y, x) >= ANISOTROPY_OF_SECTIONS:
+        because = f"2.5D: {z:g} nm sections, only the next on each side still shows the same object"
+        return Choice(SLICES_OF_SECTIONS, because, "measured on VNC, CPU")
     if draft["dimensions"] == "2.5d":
         return Choice(SLICES_2_5D, "2.5D: the section and two neighbours on each side", "2.5D by convention")
     return Choice(1, f"{draft['dimensions'].upper()}: one section or a solid patch", "dimensions")

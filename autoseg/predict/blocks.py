@@ -52,7 +52,7 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     if not (run / "plan.json").is_file():
         raise CheckpointError(run, "is not a run (no plan.json)", "pass the folder given to `autoseg train --run`")
     plan = load_as(run / "plan.json", Plan)
-    folder = run / "checkpoints" / which if which in ("best", "last") else Path(which)
+    folder = checkpoint.find(run / "checkpoints", which) if which in ("best", "last") else Path(which)
     if not (folder / checkpoint.HEADER).is_file():
         raise CheckpointError(folder, "there is no such checkpoint", "train first, or choose --checkpoint last")
     header = checkpoint.verify(folder)

@@ -42,8 +42,11 @@ def train_on(
 
 
 def _remember(run: Path, data: Path, facts: Fingerprint, split: Split | None) -> None:
-    """Write down, once, which DATA a run learns from, and the split if it is not the plan's."""
-    if (run / "fingerprint.json").exists():
+    """Write down, once, which DATA a run learns from, and the split if it is not the plan's; refuse other DATA later."""
+    before = run / "fingerprint.json"
+    if before.exists():
+        if sha256(load_as(before, Fingerprint)) != sha256(facts):
+            raise PlanError(run, f"began with other data than {data}", "resume with that, or choose another --run")
         return
     if split is not None:
         adapt(run, {"event": "split", "split": msgspec.to_builtins(split)})

@@ -1,4 +1,4 @@
-"""Every artifact as a frozen record (`records`), its JSON (`files`), its events (`events`), and what a plan must satisfy (`checks`)."""
+"""Artifacts as frozen records (`records`), their JSON (`files`), events, and what a plan must satisfy (`checks`)."""
 
 from autoseg.schema.checks import check_plan
 from autoseg.schema.events import Observer, Outcome, StepResult, ValidationScore

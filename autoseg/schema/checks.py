@@ -81,6 +81,15 @@ def _classes(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "classes", f"{len(plan.classes)} entries, {len(names)} names", "list each class once, and at least one"
     if any(w < 0 for w in plan.class_weights.values()) or not any(plan.class_weights.values()):
         yield "class_weights", "no positive weight, or a negative one", "weights are 0 or positive"
+    in_heads = tuple(name for head in plan.heads for name in head.classes)
+    if in_heads != plan.class_names:
+        yield "heads", f"hold {list(in_heads)}", f"list every class once, in order: {list(plan.class_names)}"
+    if any(not 0 <= value <= 1 for value in plan.decode.thresholds.values()):
+        yield "decode.thresholds", f"{plan.decode.thresholds}", "use probabilities from 0 to 1"
+    loss = plan.loss
+    weights = (loss.bce_weight, loss.dice_weight, loss.focal_weight, loss.tversky_weight)
+    if min(weights) < 0 or max(weights) == 0:
+        yield "loss", "no positive weight, or a negative one", "give at least one term a positive weight"
     if not plan.split.train:
         yield "split.train", "is empty", "train on at least one crop"
 
@@ -96,12 +105,23 @@ def _run(plan: Plan) -> Iterator[tuple[str, str, str]]:
     ):
         if value < 1:
             yield field, f"{value}", "use at least 1"
-    if plan.num_workers < 0:
-        yield "num_workers", f"{plan.num_workers}", "use 0 or more"
+    for field, least in (
+        ("num_workers", plan.num_workers),
+        ("seed", plan.seed),
+        ("validation.num_rounds", plan.validation.num_rounds),
+        ("validation.tolerance", plan.validation.tolerance),
+        ("optimizer.weight_decay", plan.optimizer.weight_decay),
+    ):
+        if least < 0:
+            yield field, f"{least}", "use 0 or more"
     if plan.optimizer.num_steps is None and not (plan.budget_s and plan.budget_s > 0):
         yield "optimizer.num_steps", "and budget_s are both open", "set one of them"
     if plan.optimizer.learning_rate <= 0:
         yield "optimizer.learning_rate", f"{plan.optimizer.learning_rate}", "use a positive rate"
+    if plan.optimizer.gradient_clip_norm <= 0:
+        yield "optimizer.gradient_clip_norm", f"{plan.optimizer.gradient_clip_norm}", "use a positive norm"
+    if not 0 <= plan.sampling.class_centred_fraction <= 1:
+        yield "sampling.class_centred_fraction", f"{plan.sampling.class_centred_fraction}", "use a share from 0 to 1"
     if not 0 <= plan.optimizer.ema_decay < 1:
         yield "optimizer.ema_decay", f"{plan.optimizer.ema_decay}", "use 0 (off) to below 1"
     if not 0 <= plan.schedule.warmup_fraction < 1:

@@ -39,10 +39,10 @@ class Observer:
     """What a front end may watch; the default watches nothing."""
 
     def started(self, plan: Plan, num_steps: int, from_step: int) -> None:
-        """Training is about to run steps from_step + 1 ... num_steps."""
+        """Hear that training is about to run steps from_step + 1 ... num_steps."""
 
     def stepped(self, step: int, result: StepResult) -> None:
-        """A step was done."""
+        """Hear that a step was done."""
 
     def validated(self, step: int, score: ValidationScore) -> None:
-        """The validation regions were predicted."""
+        """Hear that the validation regions were predicted."""

@@ -57,12 +57,14 @@ def save(record: Artifact, path: Path) -> None:
 
 def load(path: Path | str) -> AnyArtifact:
     """Read any artifact; its `kind` says which record it is."""
-    return decode(_read(Path(path)), AnyArtifact, path)
+    artifact: AnyArtifact = decode(_read(Path(path)), AnyArtifact, path)
+    return artifact
 
 
 def load_as(path: Path | str, record_type: type[A]) -> A:
     """Read an artifact of that type, or raise PlanError."""
-    return decode(_read(Path(path)), record_type, path)
+    artifact: A = decode(_read(Path(path)), record_type, path)
+    return artifact
 
 
 def decode(content: bytes, record_type: Any, where: object) -> Any:
@@ -76,6 +78,7 @@ def decode(content: bytes, record_type: Any, where: object) -> Any:
             raise PlanError(
                 where, f"schema_version {version!r}", f"this autoseg reads {SCHEMA_VERSION}; write the file anew"
             )
+        _refuse_what_json_cannot_hold(raw)
         return msgspec.convert(raw, record_type)
     except msgspec.ValidationError as error:
         raise PlanError(where, *explain(str(error), record_type)) from None
@@ -85,7 +88,7 @@ def decode(content: bytes, record_type: Any, where: object) -> Any:
 
 def explain(message: str, record_type: Any) -> tuple[str, str]:
     """Turn a validation message into (what, remedy); suggest the nearest name for an unknown key."""
-    message = message.replace("Object", "object").replace("`", "'")
+    message = " ".join(message.replace("Object", "object").replace("`", "'").split())
     unknown = re.search(r"unknown field '([^']*)'", message)
     if not unknown:
         return message.replace("$.", ""), "correct the value"
@@ -104,7 +107,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(errors="replace").splitlines():
+    for text in path.read_text(errors="replace").split("\n"):
         try:
             line = json.loads(text)
         except ValueError:
@@ -116,6 +119,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _refuse_what_json_cannot_hold(raw: Any) -> None:
+    """Raise ValueError for what Python's reader lets through: 1e999, integers above 64 bits, half a surrogate pair."""
+    for field, value in _numbers(raw):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{field} is beyond 64 bits")
+        if not math.isfinite(value):
+            raise ValueError(f"{field} is {value}")
+    msgspec.json.encode(raw)
 
 
 def _read(path: Path) -> bytes:
@@ -132,7 +145,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _numbers(item, f"{name}[{index}]")
-    elif isinstance(value, float):
+    elif isinstance(value, int | float):
         yield name, value
 
 

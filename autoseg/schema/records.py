@@ -271,9 +271,10 @@ class Decode(Record, frozen=True, kw_only=True):
 
 
 class Validation(Record, frozen=True, kw_only=True):
-    """How often the validation regions are predicted whole, as a share of the run."""
+    """How often the validation regions are predicted whole, and which differences of their Dice are noise."""
 
     num_rounds: int
+    tolerance: float
 
 
 class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
@@ -337,13 +338,14 @@ class CheckpointHeader(Artifact, frozen=True, kw_only=True, tag="checkpoint"):
 
 
 class ScoreRow(Record, frozen=True, kw_only=True):
-    """Counts of voxels for one crop and class, over known voxels only."""
+    """Counts of voxels for one crop and class, over known voxels only, inside a box if one is given."""
 
     crop: str
     class_: str = msgspec.field(name="class")
     tp: int
     fp: int
     fn: int
+    box_zyx: tuple[VoxelsZYX, VoxelsZYX] | None = None
 
 
 class ClassScore(Record, frozen=True, kw_only=True):

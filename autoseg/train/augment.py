@@ -46,7 +46,7 @@ def draw_warp(plan: Augmentation, patch_zyx: VoxelsZYX, isotropic: bool, rng: np
         return Warp(False, False, False, patch_zyx)
     z, y, x = patch_zyx
     factor = plan.scale_range[1] if scales else 1.0
-    margin = math.ceil(2 * plan.elastic_magnitude) if bends else 0
+    margin = math.ceil(3 * plan.elastic_magnitude) if bends else 0
     if isotropic and z > 1:
         diagonal = math.hypot(z, y, x) if rotates else 0.0
         edges = [math.ceil(max(n, diagonal) * factor) + margin for n in (z, y, x)]
@@ -98,7 +98,7 @@ def _warp(
         labels.astype(np.float32),
         size,
         do_elastic_deform=warp.bends,
-        alpha=(0.0, plan.elastic_magnitude * plan.elastic_sigma**2),
+        alpha=(0.0, _elastic_alpha(plan, len(size))),
         sigma=(plan.elastic_sigma, plan.elastic_sigma),
         do_rotation=warp.rotates,
         angle_x=(-angle, angle),
@@ -117,6 +117,14 @@ def _warp(
         data.reshape(channels, -1, *patch_zyx[1:]).astype(np.float32, copy=False),
         labels.reshape(-1, *patch_zyx[1:]).astype(np.int32),
     )
+
+
+def _elastic_alpha(plan: Augmentation, dims: int) -> float:
+    """Return the library's factor that displaces by `elastic_magnitude` voxels (standard deviation).
+
+    It smooths uniform noise of variance 1/3 by a Gaussian, which leaves 1 / (2 sqrt(pi) sigma) of the sd per axis.
+    """
+    return plan.elastic_magnitude * math.sqrt(3) * (2 * math.sqrt(math.pi) * plan.elastic_sigma) ** (dims / 2)
 
 
 def _mirror(image_CZYX: Image, codes_ZYX: Codes, plan: Augmentation) -> tuple[Image, Codes]:

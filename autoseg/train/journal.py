@@ -19,16 +19,20 @@ class Journal:
     def __init__(self, run: Path, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        keep = [line for line in read_json_lines(run / LOG) if line["step"] <= from_step]
+        keep = [line for line in read_json_lines(run / LOG) if line.get("step", from_step + 1) <= from_step]
         self._path = run / LOG
         _write_lines(self._path, keep)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(run), purge_step=from_step + 1)  # type: ignore[no-untyped-call]
 
-    def write(self, line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
-        """Append one line, and its scalars to TensorBoard."""
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line; its numbers go to TensorBoard, Dice by class under `dice/`."""
         self._file.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
+        numbers = {name: value for name, value in line.items() if name not in ("step", "dice")}
+        numbers |= {f"dice/{name}": value for name, value in line.get("dice", {}).items()}
+        for name, value in numbers.items():
+            if value is None:
+                continue
             self._board.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
 
     def flush(self) -> None:

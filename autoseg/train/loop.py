@@ -9,14 +9,9 @@
 
 from __future__ import annotations
 
-import signal
-import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -38,16 +33,15 @@ from autoseg.schema import (
     save,
     sha256,
 )
-from autoseg.train.journal import Journal, adapt, adaptation
+from autoseg.train.budget import fit_length
+from autoseg.train.journal import Journal, adapt
 from autoseg.train.loader import CACHE_BYTES, batches
+from autoseg.train.signals import asked_to_stop
 from autoseg.train.step import Learner
 from autoseg.train.validation import Validator
 
 CHECKPOINT_EVERY_S = 300.0
-WARM_UP_STEPS = 3
-TIMED_STEPS = 8
 MAX_SKIPPED_IN_A_ROW = 20
-BUDGET_USED = 0.97
 
 
 def train(
@@ -74,7 +68,7 @@ def train(
     claimed()
     torch.set_num_threads(plan.num_threads)
     session = _Session(used, sha256(plan), data, dataset, run, target, cache or default_cache())
-    with _asked_to_stop() as asked:
+    with asked_to_stop() as asked:
         return session.go(observer or Observer(), asked)
 
 
@@ -94,18 +88,18 @@ class _Session:
         self.plan, self.data, self.run, self.device, self.cache = plan, data, run, device, cache
         self.plan_sha256 = plan_sha256
         self.validator = Validator(plan, dataset, cache, CACHE_BYTES)
-        self.num_steps = self._fit_steps()
-        self.learner = Learner(plan, self.num_steps, device)
+        self.length = fit_length(plan, data, run, cache, self.validator, device)
+        self.learner = Learner(plan, self.length.num_steps, device)
         self.header = self._resume()
 
     def go(self, observer: Observer, asked: Callable[[], str | None]) -> Outcome:
         """Run the remaining steps."""
         journal = Journal(self.run, self.header.step)
-        observer.started(self.plan, self.num_steps, self.header.step)
+        observer.started(self.plan, self.length.num_steps, self.header.step)
         saved_at, skipped = time.monotonic(), 0
-        source = batches(self.plan, self.data, start_step=self.header.step, stop_step=self.num_steps, cache=self.cache)
+        source = batches(self.plan, self.data, start_step=self.header.step, stop_step=self.length.num_steps, cache=self.cache)
         try:
-            for step in range(self.header.step, self.num_steps):
+            for step in range(self.header.step, self.length.num_steps):
                 before = time.perf_counter()
                 batch = next(source)
                 ready = time.perf_counter()
@@ -118,11 +112,12 @@ class _Session:
                         "lower optimizer.learning_rate, or --set precision=fp32",
                     )
                 self.header = msgspec.structs.replace(self.header, step=step + 1)
-                _log(journal, step + 1, result, ready - before, time.perf_counter() - ready)
+                line = _line(step + 1, result, ready - before, time.perf_counter() - ready)
                 observer.stepped(step + 1, result)
                 due = self._validation_due(step + 1)
                 if due:
-                    self._validate(step + 1, journal, observer)
+                    line |= self._validate(step + 1, observer)
+                journal.write(line)
                 stop = asked()
                 if due or stop or time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
                     journal.flush()
@@ -136,24 +131,26 @@ class _Session:
 
     def _outcome(self, stopped_by: str | None) -> Outcome:
         h = self.header
-        return Outcome(self.run, h.step, self.num_steps, h.mean_dice, h.best_mean_dice, stopped_by)
+        return Outcome(self.run, h.step, self.length.num_steps, h.mean_dice, h.best_mean_dice, stopped_by)
 
     def _validation_due(self, step: int) -> bool:
-        rounds = max(1, self.plan.validation.num_rounds)
-        return step == self.num_steps or step * rounds // self.num_steps > (step - 1) * rounds // self.num_steps
+        last, rounds = self.length.num_steps, max(1, self.length.num_rounds)
+        return step == last or step * rounds // last > (step - 1) * rounds // last
 
-    def _validate(self, step: int, journal: Journal, observer: Observer) -> None:
-        """Score the averaged weights; without validation regions the last weights count as the best."""
+    def _validate(self, step: int, observer: Observer) -> dict[str, Any]:
+        """Score the averaged weights; return what the log says of it.
+
+        The newest weights within the plan's tolerance of the best score are the best: later ones saw a lower rate.
+        """
         score = self.validator.score(self.learner.averaged_network(), self.device)
-        best = self.header.best_mean_dice
-        if score.mean_dice is None or best is None or score.mean_dice > best:
-            self.header = msgspec.structs.replace(self.header, best_mean_dice=score.mean_dice, best_step=step)
-        self.header = msgspec.structs.replace(self.header, mean_dice=score.mean_dice)
-        scalars = {f"dice/{name}": value for name, value in score.dice.items() if value is not None}
-        if score.mean_dice is not None:
-            scalars["dice/mean"] = score.mean_dice
-        journal.write({"step": step, "event": "validation", "mean_dice": score.mean_dice, "dice": score.dice}, scalars)
+        best, now = self.header.best_mean_dice, score.mean_dice
+        if now is None or best is None or now >= best - self.plan.validation.tolerance:
+            self.header = msgspec.structs.replace(self.header, best_step=step)
+        if now is not None:
+            best = now if best is None else max(best, now)
+        self.header = msgspec.structs.replace(self.header, mean_dice=now, best_mean_dice=best)
         observer.validated(step, score)
+        return {"mean_dice": now, "dice": score.dice}
 
     def _save(self, *, best: bool) -> None:
         scaler = self.learner.scaler.state_dict() if self.learner.scaler.is_enabled() else {}
@@ -163,11 +160,22 @@ class _Session:
         folder = self.run / "checkpoints"
         checkpoint.save_checkpoint(folder, self.header, self.learner.averaged, self.learner.state(), best=best)
 
+    def _initialize(self) -> None:
+        """Start from the weights that `plan.init` names, if it does; heads that do not fit stay random, and are named."""
+        if self.plan.init is None:
+            return
+        source = Path(self.plan.init)
+        path = checkpoint.find(source / "checkpoints", "best") / checkpoint.WEIGHTS if source.is_dir() else source
+        random = checkpoint.initialize(self.learner.network, path)
+        self.learner.reset_average()
+        adapt(self.run, {"event": "init", "weights": self.plan.init, "random": random})
+
     def _resume(self) -> CheckpointHeader:
         """Restore the newest whole checkpoint; a run without one starts at step 0."""
         found = checkpoint.newest(self.run / "checkpoints")
         digest = self.plan_sha256
         if found is None:
+            self._initialize()
             return CheckpointHeader(
                 plan_sha256=digest,
                 step=0,
@@ -191,61 +199,17 @@ class _Session:
             self.learner.scaler.load_state_dict(self.learner.scaler.state_dict() | scale)
         return header
 
-    def _fit_steps(self) -> int:
-        """Return the steps of the run: the plan's, or as many as its budget allows, measured once and written."""
-        if self.plan.optimizer.num_steps is not None:
-            return self.plan.optimizer.num_steps
-        before = adaptation(self.run, "num_steps")
-        if before is not None:
-            return int(before["num_steps"])
-        assert self.plan.budget_s is not None
-        start = time.perf_counter()
-        step_s, validation_s = self._time_step()
-        left = BUDGET_USED * self.plan.budget_s - (time.perf_counter() - start)
-        reserved = self.plan.validation.num_rounds * validation_s
-        num_steps = max(1, int(max(left - reserved, 0.3 * left) / step_s))
-        adapt(
-            self.run,
-            {
-                "event": "num_steps",
-                "num_steps": num_steps,
-                "step_s": step_s,
-                "validation_s": validation_s,
-                "because": f"{left:.0f} s of training at {step_s:.4f} s a step, {reserved:.0f} s for validation",
-            },
-        )
-        return num_steps
 
-    def _time_step(self) -> tuple[float, float]:
-        """Measure (seconds of a step with its batch, seconds of a validation) on a throw-away network."""
-        trial = Learner(self.plan, 10**6, self.device)
-        source = batches(self.plan, self.data, cache=self.cache)
-        times = []
-        for step in range(WARM_UP_STEPS + TIMED_STEPS):
-            start = time.perf_counter()
-            trial.step(step, next(source))
-            times.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        if self.plan.validation.num_rounds:
-            self.validator.score(trial.averaged_network(), self.device)
-        return statistics.median(times[WARM_UP_STEPS:]), time.perf_counter() - start
-
-
-def _log(journal: Journal, step: int, result: StepResult, wait_s: float, step_s: float) -> None:
-    line: dict[str, Any] = {
+def _line(step: int, result: StepResult, wait_s: float, step_s: float) -> dict[str, Any]:
+    """Return the log's line of a step; a skipped step has no loss."""
+    return {
         "step": step,
-        "loss": result.loss,
+        "loss": None if result.skipped else result.loss,
         "learning_rate": result.learning_rate,
-        "gradient_norm": result.gradient_norm,
+        "gradient_norm": None if result.skipped else result.gradient_norm,
         "wait_s": round(wait_s, 5),
         "step_s": round(step_s, 5),
-    }
-    if result.skipped:
-        line |= {"skipped": True, "loss": None, "gradient_norm": None}
-        journal.write(line, {})
-        return
-    scalars = {"loss": result.loss, "learning_rate": result.learning_rate, "gradient_norm": result.gradient_norm}
-    journal.write(line, scalars)
+    } | ({"skipped": True} if result.skipped else {})
 
 
 def _claim(plan: Plan, run: Path) -> None:
@@ -278,27 +242,8 @@ def _device(name: str, plan: Plan) -> torch.device:
         raise PlanError(f"--device {wanted}", "is not a device", "use auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PlanError(plan.name, "was planned for a GPU, and there is none here", "plan anew, or --device cpu")
+    if device.type == "cpu" and plan.precision == "fp16":
+        raise PlanError(plan.name, "was planned for fp16, which the CPU lacks", "plan anew for this machine")
     if device.type not in ("cpu", "cuda"):
         raise PlanError(f"--device {wanted}", "is not supported", "use auto, cpu or cuda")
     return device
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], str | None]]:
-    """Turn SIGTERM and Ctrl-C into a question that is asked between steps; a second Ctrl-C interrupts at once."""
-    received: list[str] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

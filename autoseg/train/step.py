@@ -24,7 +24,8 @@ class Learner:
         self.plan, self.num_steps, self.device = plan, num_steps, device
         layout = torch.channels_last if plan.patch_size_zyx[0] == 1 else torch.contiguous_format
         self.network = build_network(plan).to(device, memory_format=layout).train()  # type: ignore[call-overload]
-        self.averaged: dict[str, Tensor] = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.averaged: dict[str, Tensor] = {}
+        self.reset_average()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=plan.optimizer.learning_rate, weight_decay=plan.optimizer.weight_decay
         )
@@ -37,6 +38,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = [buffer.clone() for buffer in self.network.buffers()]
         total = 0.0
         table = CodeTable(batch.states_CK.to(self.device))
         images = batch.image_BCZYX.split(self.plan.batch_size)
@@ -53,6 +55,9 @@ class Learner:
             self.scaler.update()
         if finite:
             self._average(step)
+        else:  # the forward pass has already put NaN into the running statistics of batch norm
+            for buffer, value in zip(self.network.buffers(), statistics, strict=True):
+                buffer.copy_(value)
         return StepResult(total, norm, rate, not finite)
 
     def _forward(self, image: Tensor, codes: Tensor, table: CodeTable) -> Tensor:
@@ -70,6 +75,10 @@ class Learner:
                 self.averaged[name].lerp_(value, 1 - decay)
             else:
                 self.averaged[name].copy_(value)
+
+    def reset_average(self) -> None:
+        """Let the average start from the network as it is."""
+        self.averaged = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
     def averaged_network(self) -> nn.Module:
         """Return a network with the averaged weights, ready for inference."""

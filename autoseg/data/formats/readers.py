@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoseg.data.formats.volume import Volume, by_plane, from_array, reading
 from autoseg.errors import DataError
@@ -55,8 +56,20 @@ def joined(path: str, key: str | None) -> str:
     return path if key is None else f"{path}:{key}"
 
 
+class _Mapped:
+    """An array that is mapped only while it is read: pages of a lasting map would stay in memory one after the other."""
+
+    def __init__(self, open_map: Callable[[], NDArray[Any]]) -> None:
+        array = open_map()
+        self.shape, self.dtype = array.shape, array.dtype
+        self._open_map = open_map
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        return np.array(self._open_map()[index], order="C")
+
+
 def _open_npy(path: str, _: str | None, files: ExitStack) -> Volume:
-    array = np.lib.format.open_memmap(path, mode="r")
+    array = _Mapped(lambda: np.lib.format.open_memmap(path, mode="r"))
     return from_array(path, array, array.dtype, None)
 
 
@@ -134,7 +147,7 @@ def _open_tiff(path: str, _: str | None, files: ExitStack) -> Volume:
         raise DataError(path, f"holds {num_pages} pages for {z} planes", "export it again, one page a plane")
     # ImageJ describes a stack beyond 4 GB by its first page alone
     stored = image.dtype.newbyteorder(tif.byteorder)
-    array = np.memmap(path, stored, "r", offset, (z, y, x))
+    array = _Mapped(lambda: np.memmap(path, stored, "r", offset, (z, y, x)))
     return from_array(path, array, stored, _tiff_voxel(tif))
 
 

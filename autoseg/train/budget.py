@@ -1,0 +1,76 @@
+"""Turn a time budget into numbers of steps and validations: once, before step 1, measured, and written down."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from autoseg.schema import Plan
+from autoseg.train.journal import adapt, adaptation
+from autoseg.train.loader import batches
+from autoseg.train.step import Learner
+from autoseg.train.validation import Validator
+
+WARM_UP_STEPS = 3
+TIMED_STEPS = 8
+BUDGET_USED = 0.97
+MAX_VALIDATION_SHARE = 0.1
+
+
+class Length(NamedTuple):
+    """How long a run is."""
+
+    num_steps: int
+    num_rounds: int
+
+
+def fit_length(
+    plan: Plan, data: Path, run: Path, cache: Path, validator: Validator, device: torch.device
+) -> Length:
+    """Return the plan's number of steps, or what its budget allows on this device; a resumed run reads it back."""
+    if plan.optimizer.num_steps is not None:
+        return Length(plan.optimizer.num_steps, plan.validation.num_rounds)
+    before = adaptation(run, "length")
+    if before is not None:
+        return Length(int(before["num_steps"]), int(before["num_rounds"]))
+    assert plan.budget_s is not None
+    start = time.perf_counter()
+    step_s, validation_s = _measure(plan, data, cache, validator, device)
+    left = BUDGET_USED * plan.budget_s - (time.perf_counter() - start)
+    affordable = max(1, int(MAX_VALIDATION_SHARE * left / max(validation_s, 1e-6)))
+    num_rounds = min(plan.validation.num_rounds, affordable)
+    num_steps = max(1, int((left - num_rounds * validation_s) / step_s))
+    adapt(
+        run,
+        {
+            "event": "length",
+            "num_steps": num_steps,
+            "num_rounds": num_rounds,
+            "step_s": step_s,
+            "validation_s": validation_s,
+            "because": f"{left:.0f} s left of the budget, {step_s:.4f} s a step, {num_rounds} validations of "
+            f"{validation_s:.1f} s (at most {MAX_VALIDATION_SHARE:.0%} of the time, and at least one)",
+        },
+    )
+    return Length(num_steps, num_rounds)
+
+
+def _measure(
+    plan: Plan, data: Path, cache: Path, validator: Validator, device: torch.device
+) -> tuple[float, float]:
+    """Return (seconds of a step with its batch, seconds of a validation) on a throw-away network."""
+    trial = Learner(plan, 10**6, device)
+    source = batches(plan, data, cache=cache)
+    times = []
+    for step in range(WARM_UP_STEPS + TIMED_STEPS):
+        start = time.perf_counter()
+        trial.step(step, next(source))
+        times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    if plan.validation.num_rounds:
+        validator.score(trial.averaged_network(), device)
+    return statistics.median(times[WARM_UP_STEPS:]), time.perf_counter() - start

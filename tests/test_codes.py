@@ -1,0 +1,369 @@
+"""Label codes: they say exactly what was annotated, and their cache is a cache."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import crop_path, em_path, listing, shapes, write_label, write_multiscale
+
+from autoseg.data import codes as codes_module
+from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
+from autoseg.data.codes import CropCodes, default_cache, index_blocks, open_codes
+from autoseg.data.dataset import Crop, open_dataset
+from autoseg.errors import DataError
+from autoseg.geometry import Grid, NmZYX, VoxelsZYX
+from autoseg.schema import ClassEntry, ClassTable, encode
+
+SIZE_NM = (4.0, 4.0, 4.0)
+BIG_ID = 2**63
+States = dict[str, NDArray[np.uint8]]
+
+
+def write_crop(
+    root: Path, shape: VoxelsZYX, seed: int = 0, size: NmZYX = SIZE_NM, chunk: VoxelsZYX | None = None
+) -> tuple[Crop, States]:
+    """Write crop `a/crop1` with every kind of annotation; return it and the state of each class, voxel by voxel.
+
+    ::
+
+        mito   semantic, 255 is unknown          ids    instances up to 2^63, where 255 is an ordinary id
+        pm     semantic, present nowhere         part   instances of which some are counted as unknown (255)
+    """
+    rng = np.random.default_rng(seed)
+    grid = Grid(shape, size, (2.0, -2.0, 0.0))
+    crop = crop_path(root, "a", "crop1")
+    write_multiscale(em_path(root, "a"), [(grid, np.full(shape, 9, np.uint8))])
+    mito = rng.choice(np.array([0, 1, 255], np.uint8), shape)
+    ids = rng.choice(np.array([0, 1, 255, 256, BIG_ID], np.uint64), shape)
+    part = rng.choice(np.array([0, 7, 255], np.uint16), shape)
+    write_label(crop, "mito", mito, grid, unknown=255, chunk_zyx=chunk)
+    write_label(crop, "ids", ids, grid, instance=True, unknown=255, chunk_zyx=chunk)
+    write_label(crop, "part", part, grid, instance=True, unknown=255, counted_unknown=3, chunk_zyx=chunk)
+    write_label(crop, "pm", np.zeros(shape, np.uint8), grid, unknown=255, chunk_zyx=chunk)
+    states = {
+        "ids": np.where(ids != 0, PRESENT, ABSENT),
+        "mito": np.where(mito == 255, UNKNOWN, mito),
+        "part": np.where(part == 255, UNKNOWN, part != 0),
+        "pm": np.zeros(shape),
+    }
+    (found,) = open_dataset(root).crops
+    return found, {name: values.astype(np.uint8) for name, values in states.items()}
+
+
+def decoded(codes: CropCodes) -> States:
+    """Return the state of each class by looking every voxel's code up."""
+    return {name: codes.states_CK[:, k][codes.codes_ZYX] for k, name in enumerate(codes.names)}
+
+
+def check_counts(codes: CropCodes) -> None:
+    """Compare the counts of every index block, and their sum, with loops."""
+    parts = index_blocks(codes.grid.shape_zyx)
+    assert codes.counts_BC.shape == (len(parts), len(codes.states_CK))
+    for box, counts in zip(parts, codes.counts_BC, strict=True):
+        block = codes.codes_ZYX[box.slices]
+        assert counts.tolist() == [int((block == code).sum()) for code in range(len(codes.states_CK))]
+    assert codes.histogram_C.sum() == codes.codes_ZYX.size
+
+
+# ---- what they say ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 20, 70), (9, 65, 64)])
+def test_codes_and_states_reproduce_every_class_exactly(tmp_path: Path, shape: VoxelsZYX) -> None:
+    crop, truth = write_crop(tmp_path / "data", shape)
+    codes = open_codes(crop, SIZE_NM, tmp_path / "cache")
+    assert codes.names == ("ids", "mito", "part", "pm")
+    assert codes.grid == crop.grid
+    found = decoded(codes)
+    for name, states in truth.items():
+        np.testing.assert_array_equal(found[name], states, err_msg=name)
+    check_counts(codes)
+
+
+def test_codes_are_narrow_and_no_two_mean_the_same(tmp_path: Path) -> None:
+    crop, _ = write_crop(tmp_path / "data", (5, 20, 70))
+    codes = open_codes(crop, SIZE_NM, tmp_path / "cache")
+    assert codes.codes_ZYX.dtype == np.uint8
+    assert len({bytes(row) for row in codes.states_CK}) == len(codes.states_CK) == 2 * 3 * 3
+    assert codes.histogram_C.min() > 0, "no code without a voxel"
+
+
+def test_many_combinations_take_two_bytes(tmp_path: Path) -> None:
+    """Ten independent classes give more than 256 combinations."""
+    shape, root = (4, 64, 64), tmp_path / "data"
+    grid = Grid(shape, SIZE_NM, (0.0, 0.0, 0.0))
+    write_multiscale(em_path(root, "a"), [(grid, np.ones(shape, np.uint8))])
+    truth = np.random.default_rng(0).integers(0, 2, (10, *shape)).astype(np.uint8)
+    for k, values in enumerate(truth):
+        write_label(crop_path(root, "a", "crop1"), f"c{k}", values, grid)
+    codes = open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache")
+    assert codes.codes_ZYX.dtype == np.uint16
+    found = decoded(codes)
+    assert all(np.array_equal(found[f"c{k}"], truth[k]) for k in range(10))
+
+
+def test_a_chunk_that_was_never_stored_is_absent(tmp_path: Path) -> None:
+    """An annotated class is dense: where nothing was written it is 0, absent, and not unknown."""
+    root = tmp_path / "data"
+    crop, truth = write_crop(root, (4, 16, 16), chunk=(4, 8, 8))
+    (crop.labels[1].path / "0/1/0").unlink()
+    codes = open_codes(crop, SIZE_NM, tmp_path / "cache")
+    truth["mito"][:, 8:, :8] = ABSENT
+    np.testing.assert_array_equal(decoded(codes)["mito"], truth["mito"])
+
+
+def test_built_in_blocks_equals_built_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, _ = write_crop(tmp_path / "data", (17, 70, 90))
+    for size in (SIZE_NM, (8.0, 6.0, 4.0)):
+        whole = open_codes(crop, size, tmp_path / "whole")
+        monkeypatch.setattr(codes_module, "BUILD_BLOCK", codes_module.INDEX_BLOCK)
+        in_blocks = open_codes(crop, size, tmp_path / "blocks")
+        monkeypatch.undo()
+        first, second = decoded(whole), decoded(in_blocks)
+        for name in whole.names:
+            np.testing.assert_array_equal(first[name], second[name])
+        check_counts(in_blocks)
+
+
+# ---- at a coarser voxel size --------------------------------------------------------------------------------
+
+
+def coarse_by_loops(states: NDArray[np.uint8], factor: VoxelsZYX) -> NDArray[np.uint8]:
+    """Return present where it fills at least half of what is known, unknown where less than half is known."""
+    out = np.zeros([round(n / f) or 1 for n, f in zip(states.shape, factor, strict=True)], np.uint8)
+    for index in np.ndindex(*out.shape):
+        part = states[tuple(slice(i * f, (i + 1) * f) for i, f in zip(index, factor, strict=True))].ravel()
+        known = part[part != UNKNOWN]
+        if 2 * len(known) < len(part):
+            out[index] = UNKNOWN
+        else:
+            out[index] = PRESENT if 2 * (known == PRESENT).sum() >= len(known) and len(known) else ABSENT
+    return out
+
+
+@settings(max_examples=25)
+@given(shape=shapes(9), factor=st.tuples(*[st.integers(1, 4)] * 3), seed=st.integers(0, 9))
+def test_coarser_is_present_where_it_fills_half_of_what_is_known(
+    tmp_path_factory: pytest.TempPathFactory, shape: VoxelsZYX, factor: VoxelsZYX, seed: int
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("coarse")
+    crop, truth = write_crop(tmp_path / "data", shape, seed)
+    size = (4.0 * factor[0], 4.0 * factor[1], 4.0 * factor[2])
+    codes = open_codes(crop, size, tmp_path / "cache")
+    found = decoded(codes)
+    for name, states in truth.items():
+        np.testing.assert_array_equal(found[name], coarse_by_loops(states, factor), err_msg=name)
+    check_counts(codes)
+
+
+def test_a_membrane_one_voxel_thick_survives_halving(tmp_path: Path) -> None:
+    """A majority over codes would erase it: each coarse voxel is half membrane."""
+    root, shape = tmp_path / "data", (1, 8, 8)
+    grid = Grid(shape, SIZE_NM, (0.0, 0.0, 0.0))
+    write_multiscale(em_path(root, "a"), [(grid, np.ones(shape, np.uint8))])
+    membrane = np.zeros(shape, np.uint8)
+    membrane[:, 3, :] = 1
+    write_label(crop_path(root, "a", "crop1"), "pm", membrane, grid)
+    codes = open_codes(open_dataset(root).crops[0], (4.0, 8.0, 8.0), tmp_path / "cache")
+    assert decoded(codes)["pm"][0].tolist() == [[0] * 4, [1] * 4, [0] * 4, [0] * 4]
+    assert codes.grid.origin_nm == (0.0, 2.0, 2.0)
+
+
+def test_a_finer_voxel_size_repeats_labels(tmp_path: Path) -> None:
+    crop, truth = write_crop(tmp_path / "data", (2, 3, 4))
+    codes = open_codes(crop, (2.0, 4.0, 1.0), tmp_path / "cache")
+    for name, states in truth.items():
+        np.testing.assert_array_equal(decoded(codes)[name], states.repeat(2, axis=0).repeat(4, axis=2))
+
+
+# ---- the cache ----------------------------------------------------------------------------------------------
+
+
+def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(codes_module, "_build", build)
+
+
+def entries(cache: Path) -> list[str]:
+    return sorted(os.listdir(cache / "codes"))
+
+
+def test_a_second_opening_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, truth = write_crop(tmp_path / "data", (4, 8, 8))
+    open_codes(crop, SIZE_NM, tmp_path / "cache")
+    forbid_building(monkeypatch)
+    codes = open_codes(crop, SIZE_NM, tmp_path / "cache")
+    assert np.array_equal(decoded(codes)["mito"], truth["mito"])
+    with pytest.raises(AssertionError, match="built again"):
+        open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "cache")
+
+
+def test_another_class_table_rebuilds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "data"
+    crop, _ = write_crop(root, (4, 8, 8))
+    open_codes(crop, SIZE_NM, tmp_path / "cache")
+    own = ClassTable(classes=(ClassEntry(name="mito"), ClassEntry(name="ids", components=("mito", "part"))))
+    (root / "classes.json").write_bytes(encode(own))
+    forbid_building(monkeypatch)
+    open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache")
+
+
+def test_a_changed_chunk_is_seen(tmp_path: Path) -> None:
+    crop, truth = write_crop(tmp_path / "data", (4, 16, 16), chunk=(4, 8, 8))
+    before = decoded(open_codes(crop, SIZE_NM, tmp_path / "cache"))
+    mito = crop.labels[1].path
+    shutil.copy(mito / "0/1/1", mito / "0/0/0")
+    after = decoded(open_codes(crop, SIZE_NM, tmp_path / "cache"))
+    truth["mito"][:, :8, :8] = truth["mito"][:, 8:, 8:]
+    assert not np.array_equal(before["mito"], after["mito"])
+    np.testing.assert_array_equal(after["mito"], truth["mito"])
+    assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_a_changed_meaning_of_values_is_seen(tmp_path: Path) -> None:
+    """Whoever declares 255 no longer unknown gets other codes, though no voxel changed."""
+    root = tmp_path / "data"
+    crop, _ = write_crop(root, (4, 8, 8))
+    open_codes(crop, SIZE_NM, tmp_path / "cache")
+    attributes = crop_path(root, "a", "crop1") / "mito/.zattrs"
+    content = json.loads(attributes.read_text())
+    del content["cellmap"]["annotation"]["annotation_type"]["encoding"]["unknown"]
+    attributes.write_text(json.dumps(content))
+    states = decoded(open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache"))["mito"]
+    assert set(np.unique(states)) == {ABSENT, PRESENT}
+
+
+def test_nothing_is_ever_written_into_data(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_crop(root, (4, 16, 16), chunk=(4, 8, 8))
+    before = listing(root)
+    (crop,) = open_dataset(root).crops
+    for size in (SIZE_NM, (8.0, 8.0, 8.0)):
+        codes = open_codes(crop, size, tmp_path / "cache")
+        assert codes.codes_ZYX.size
+    assert listing(root) == before
+    with pytest.raises(ValueError, match="read-only"):
+        codes.codes_ZYX[0, 0, 0] = 1
+
+
+def test_a_build_that_fails_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, _ = write_crop(tmp_path / "data", (4, 16, 16), chunk=(4, 8, 8))
+    chunk = crop.labels[0].path / "0/1/1"
+    good = chunk.read_bytes()
+    chunk.write_bytes(good[: len(good) // 2])
+    with pytest.raises(DataError, match=r"a/a\.zarr.*/ids/s0"):
+        open_codes(crop, SIZE_NM, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+    chunk.write_bytes(good)
+    open_codes(crop, SIZE_NM, tmp_path / "cache")
+
+
+def _open_at_the_same_time(root: str, cache: str, barrier: Any, results: Any) -> None:
+    (crop,) = open_dataset(Path(root)).crops
+    barrier.wait(30)
+    codes = open_codes(crop, SIZE_NM, Path(cache))
+    results.put((codes.names, int(codes.codes_ZYX.sum()), codes.histogram_C.tolist()))
+
+
+def test_two_processes_that_build_at_once_end_with_one_good_entry(tmp_path: Path) -> None:
+    write_crop(tmp_path / "data", (33, 64, 64))
+    spawn = multiprocessing.get_context("spawn")
+    barrier, results = spawn.Barrier(2), spawn.Queue()
+    arguments = (str(tmp_path / "data"), str(tmp_path / "cache"), barrier, results)
+    processes = [spawn.Process(target=_open_at_the_same_time, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    first, second = results.get(timeout=60), results.get(timeout=60)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert first == second
+    assert len(entries(tmp_path / "cache")) == 1, "no temporary folder is left"
+    check_counts(open_codes(open_dataset(tmp_path / "data").crops[0], SIZE_NM, tmp_path / "cache"))
+
+
+def test_the_one_that_comes_second_takes_the_entry_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same race, made certain: another process finishes while this one builds."""
+    crop, truth = write_crop(tmp_path / "data", (4, 8, 8))
+    cache, build = tmp_path / "cache", codes_module._build
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(codes_module, "_build", build)
+        open_codes(crop, SIZE_NM, cache)
+        return build(*arguments)
+
+    monkeypatch.setattr(codes_module, "_build", overtaken)
+    assert np.array_equal(decoded(open_codes(crop, SIZE_NM, cache))["mito"], truth["mito"])
+    assert len(entries(cache)) == 1
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_table(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGE = {
+    "codes truncated": lambda entry: truncate(entry / "codes.npy"),
+    "codes empty": lambda entry: (entry / "codes.npy").write_bytes(b""),
+    "codes gone": lambda entry: (entry / "codes.npy").unlink(),
+    "codes of another shape": lambda entry: np.save(entry / "codes.npy", np.zeros((2, 2, 2), np.uint8)),
+    "codes pickled": lambda entry: np.save(entry / "codes.npy", np.array([{}]), allow_pickle=True),
+    "counts truncated": lambda entry: truncate(entry / "counts.npy"),
+    "counts empty": lambda entry: (entry / "counts.npy").write_bytes(b""),
+    "counts of another shape": lambda entry: np.save(entry / "counts.npy", np.zeros((1, 1), np.uint32)),
+    "table truncated": lambda entry: truncate(entry / "table.json"),
+    "table a list": lambda entry: (entry / "table.json").write_text("[1]"),
+    "table gone": lambda entry: (entry / "table.json").unlink(),
+    "table without states": lambda entry: (entry / "table.json").write_text('{"names": []}'),
+    "states ragged": lambda entry: other_table(entry / "table.json", states=[[0], [1, 2]]),
+    "states out of range": lambda entry: other_table(entry / "table.json", states=[[-1]]),
+    "states too few": lambda entry: other_table(entry / "table.json", states=[[0, 0, 0, 0]]),
+    "names a number": lambda entry: other_table(entry / "table.json", names=7),
+    "names too few": lambda entry: other_table(entry / "table.json", names=["mito"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_entry_is_named_and_deleting_it_is_enough(tmp_path: Path, damage: Any) -> None:
+    crop, truth = write_crop(tmp_path / "data", (4, 8, 8))
+    cache = tmp_path / "cache"
+    open_codes(crop, SIZE_NM, cache)
+    (entry,) = (cache / "codes").iterdir()
+    damage(entry)
+    with pytest.raises(DataError, match=f"{entry.name}: damaged code cache.*: delete this folder") as caught:
+        open_codes(crop, SIZE_NM, cache)
+    assert len(str(caught.value).splitlines()) == 1
+    shutil.rmtree(entry)
+    assert np.array_equal(decoded(open_codes(crop, SIZE_NM, cache))["mito"], truth["mito"])
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    crop, _ = write_crop(tmp_path / "data", (2, 4, 4))
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"cache.*: choose another --cache"):
+        open_codes(crop, SIZE_NM, tmp_path / "cache")
+
+
+def test_the_default_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "autoseg"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache() == tmp_path / "home/.cache/autoseg"

@@ -1,0 +1,338 @@
+"""EM as network input: one rule per volume, grids meet by centres, nothing made up where nothing was fetched."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import write_multiscale
+
+from autoseg.data import store
+from autoseg.data.em import EmReader, Normalizer, make_normalizer, measure_intensity, read_input
+from autoseg.errors import DataError
+from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
+
+SIZE: NmZYX = (8.0, 4.0, 4.0)
+SHAPE: VoxelsZYX = (8, 32, 32)
+GRID = Grid(SHAPE, SIZE, (16.0, -2.0, 0.0))
+KINDS: tuple[Any, ...] = ("dtype", "volume")
+
+
+def write_em(path: Path, voxels: NDArray[Any], grid: Grid = GRID, chunk: VoxelsZYX = (4, 8, 8)) -> Path:
+    return write_multiscale(path / "em", [(grid, voxels)], chunk_zyx=chunk)
+
+
+def textured(seed: int = 0, dtype: Any = np.uint8) -> NDArray[Any]:
+    """Return grey values without a zero, so that none looks like padding."""
+    return np.random.default_rng(seed).integers(1, 250, SHAPE).astype(dtype)
+
+
+def reader_of(path: Path, kind: Any = "dtype", size: NmZYX = SIZE) -> EmReader:
+    return EmReader(path, size, kind, store.ChunkCache(2**24))
+
+
+def array_of(path: Path, level: int = 0) -> store.ArrayReader:
+    return store.ArrayReader(path / f"s{level}", store.ChunkCache(2**24))
+
+
+def drop_chunk(path: Path, z: int, y: int, x: int, level: int = 0) -> None:
+    (path / f"s{level}/{z}/{y}/{x}").unlink()
+
+
+# ---- normalisation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dark_patch_stays_dark(tmp_path: Path, kind: Any) -> None:
+    """A voxel has one network input whatever box it is read in: nothing is normalised per patch."""
+    grey = textured()
+    grey[2:6, 8:24, 8:24] = np.minimum(grey[2:6, 8:24, 8:24], 20)
+    em = reader_of(write_em(tmp_path, grey), kind)
+    whole, valid = em.read(GRID)
+    assert valid is None
+    dark = Box((2, 8, 8), (6, 24, 24))
+    for box in (dark, Box((3, 10, 9), (4, 11, 10)), Box((0, 0, 0), (8, 32, 12))):
+        part, _ = em.read(GRID.crop(box))
+        assert np.array_equal(part, whole[box.slices])
+    assert whole[dark.slices].max() < np.median(whole) - 0.2
+
+
+@given(st.tuples(*[st.integers(-3, 6)] * 3), st.tuples(*[st.integers(1, 9)] * 3))
+@settings(max_examples=30)
+def test_any_box_is_a_part_of_the_whole_and_outside_is_invalid_zero(
+    tmp_path_factory: pytest.TempPathFactory, start: VoxelsZYX, shape: VoxelsZYX
+) -> None:
+    grey = textured()
+    em = reader_of(write_em(tmp_path_factory.mktemp("box"), grey), "volume")
+    normalizer = make_normalizer("volume", array_of(em.multiscale.path))
+    box = Box(start, (start[0] + shape[0], start[1] + shape[1], start[2] + shape[2]))
+    found, valid = em.read(GRID.crop(box))
+    inside = box.clip(Box.whole(SHAPE))
+    expected, there = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    expected[inside.relative_to(box).slices] = normalizer(grey[inside.slices])
+    there[inside.relative_to(box).slices] = True
+    assert np.array_equal(found, expected)
+    assert np.array_equal(np.ones(shape, bool) if valid is None else valid, there)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"), [(np.uint8, 0, 255), (np.uint16, 0, 65535), (np.int16, -32768, 32767)]
+)
+def test_by_dtype_the_range_becomes_0_to_1(tmp_path: Path, dtype: Any, low: int, high: int) -> None:
+    path = write_em(tmp_path, textured(dtype=dtype))
+    normalizer = make_normalizer("dtype", array_of(path))
+    np.testing.assert_allclose(normalizer(np.array([low, high], dtype)), [0, 1], atol=1e-6)
+
+
+def test_by_volume_the_mean_is_0_and_the_sd_1(tmp_path: Path) -> None:
+    grey = textured(dtype=np.float32) * 7 - 300
+    whole, _ = reader_of(write_em(tmp_path, grey), "volume").read(GRID)
+    assert float(whole.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(whole.std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_by_volume_contrast_and_offset_of_the_microscope_do_not_matter(tmp_path: Path) -> None:
+    grey = textured(dtype=np.float32)
+    first, _ = reader_of(write_em(tmp_path / "a", grey), "volume").read(GRID)
+    second, _ = reader_of(write_em(tmp_path / "b", grey * 31 + 1000), "volume").read(GRID)
+    np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inverted_polarity_mirrors_the_input_and_loses_nothing(tmp_path: Path, kind: Any) -> None:
+    """Dark membranes or bright ones: the same structure, mirrored at the centre of the range or at the mean."""
+    grey = textured()
+    first, _ = reader_of(write_em(tmp_path / "a", grey), kind).read(GRID)
+    second, valid = reader_of(write_em(tmp_path / "b", 255 - grey), kind).read(GRID)
+    assert valid is None
+    centre = 0.5 if kind == "dtype" else 0.0
+    np.testing.assert_allclose(first - centre, centre - second, atol=1e-5)
+
+
+def test_a_constant_volume_is_finite(tmp_path: Path) -> None:
+    whole, _ = reader_of(write_em(tmp_path, np.full(SHAPE, 7, np.uint8)), "volume").read(GRID)
+    assert np.array_equal(whole, np.zeros(SHAPE))
+
+
+def test_floats_have_no_range_to_normalise_by(tmp_path: Path) -> None:
+    path = write_em(tmp_path, textured(dtype=np.float32))
+    with pytest.raises(DataError, match=r"s0: dtype float32 has no range.*normalization\.kind=volume"):
+        make_normalizer("dtype", array_of(path))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_grey_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    grey = textured(dtype=np.float32)
+    grey[1, 2, 3] = bad
+    with pytest.raises(DataError, match="s0: holds NaN or infinite"):
+        measure_intensity(array_of(write_em(tmp_path, grey)))
+
+
+# ---- what is measured ---------------------------------------------------------------------------------------
+
+
+def test_intensity_is_measured_over_what_is_stored(tmp_path: Path) -> None:
+    grey = textured()
+    path = write_em(tmp_path, grey)
+    drop_chunk(path, 1, 3, 3)
+    found, stored = measure_intensity(array_of(path))
+    there = np.ones(SHAPE, bool)
+    there[4:, 24:, 24:] = False
+    assert stored == 31 / 32
+    assert found.num_voxels == there.sum()
+    assert found.mean == pytest.approx(grey[there].mean())
+    assert found.sd == pytest.approx(grey[there].std())
+    assert (found.minimum, found.maximum) == (grey[there].min(), grey[there].max())
+    assert (found.p0_5, found.p50, found.p99_5) == pytest.approx(tuple(np.percentile(grey[there], [0.5, 50, 99.5])))
+
+
+def test_padding_does_not_count_but_a_few_black_voxels_do(tmp_path: Path) -> None:
+    grey = textured()
+    few = grey.copy()
+    few[0, 0, :9] = 0
+    assert measure_intensity(array_of(write_em(tmp_path / "few", few)))[0].minimum == 0
+    padded = grey.copy()
+    padded[:, :8] = 0
+    found, _ = measure_intensity(array_of(write_em(tmp_path / "padded", padded)))
+    assert found.minimum >= 1
+    assert found.mean == pytest.approx(grey[:, 8:].mean())
+
+
+def test_a_large_volume_is_sampled_the_same_way_every_time(tmp_path: Path) -> None:
+    path = write_em(tmp_path, textured(), chunk=(2, 4, 4))
+    first, _ = measure_intensity(array_of(path))
+    assert first.num_voxels == 64 * 2 * 4 * 4 < np.prod(SHAPE)
+    assert measure_intensity(array_of(path))[0] == first
+    assert measure_intensity(array_of(path), seed=1)[0] != first
+
+
+def test_em_that_was_never_fetched_is_named(tmp_path: Path) -> None:
+    path = write_em(tmp_path, np.zeros(SHAPE, np.uint8))
+    for chunk in (path / "s0").glob("*/*/*"):
+        chunk.unlink()
+    with pytest.raises(DataError, match="s0: not one chunk of the EM is stored"):
+        reader_of(path, "volume")
+
+
+# ---- what is not there --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_never_fetched_is_invalid_and_zero(tmp_path: Path, kind: Any) -> None:
+    """A fill of 0 would be the blackest grey there is; the network gets 0 and the loss hears it is not real."""
+    grey = textured()
+    path = write_em(tmp_path, grey)
+    full, _ = reader_of(path, kind).read(GRID)
+    drop_chunk(path, 0, 1, 2)
+    em = reader_of(path, "dtype")
+    hole = Box((0, 8, 16), (4, 16, 24))
+    found, valid = em.read(GRID)
+    expected = np.ones(SHAPE, bool)
+    expected[hole.slices] = False
+    assert not em.complete
+    assert np.array_equal(valid, expected)
+    assert (found[hole.slices] == 0).all()
+    if kind == "dtype":
+        assert np.array_equal(found[expected], full[expected])
+
+
+def test_a_black_chunk_that_was_stored_is_valid(tmp_path: Path) -> None:
+    grey = textured()
+    path = write_em(tmp_path, grey)
+    metadata = json.loads((path / "s0/.zarray").read_text())
+    (path / "s0/.zarray").write_text(json.dumps(metadata | {"fill_value": 9}))  # else zarr 3 stores no chunk of zeros
+    black = Box((0, 8, 16), (4, 16, 24))
+    store.open_for_update(path / "s0")[black.slices] = 0
+    found, valid = reader_of(path).read(GRID)
+    assert valid is None
+    assert (found[black.slices] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(8.0, 2.0, 2.0), (8.0, 8.0, 8.0), (8.0, 6.0, 5.0), (16.0, 4.0, 4.0), (5.0, 4.0, 4.0)])
+def test_at_the_edge_and_beside_a_hole_nothing_is_mixed_with_what_is_not_there(tmp_path: Path, size: NmZYX) -> None:
+    """A constant volume reads as that constant wherever it is valid, up to its last voxel and around a hole."""
+    path = write_em(tmp_path, np.full(SHAPE, 100, np.uint8))
+    drop_chunk(path, 0, 1, 2)
+    target = GRID.at_voxel_size(size)
+    found, valid = reader_of(path, size=size).read(target.crop(Box.whole(target.shape_zyx).grow((1, 2, 2))))
+    assert valid is not None
+    assert valid.any()
+    np.testing.assert_allclose(found[valid], 100 / 255, rtol=1e-5)
+    assert (found[~valid] == 0).all()
+    assert not valid[0].any(), "the margin is outside"
+    assert not valid[:, :, -1].any()
+    inner = valid[1:-1, 2:-2, 2:-2]
+    hole = GRID.crop(Box((0, 8, 16), (4, 16, 24)))
+    for index in np.ndindex(*inner.shape):
+        share = 1.0
+        for axis in range(3):
+            low = target.corner_nm[axis] + index[axis] * size[axis]
+            high = min(low + size[axis], hole.corner_nm[axis] + hole.extent_nm[axis])
+            covered = high - max(low, hole.corner_nm[axis])
+            share *= max(0.0, covered) / size[axis]
+        if share > 0.51:
+            assert not inner[index]
+        elif share < 1e-6:
+            assert inner[index]
+
+
+# ---- other voxel sizes --------------------------------------------------------------------------------------
+
+
+def physical(grid: Grid) -> NDArray[np.float32]:
+    """Return a ramp in nm, so that a value says where its voxel's centre is."""
+    z, y, x = (o + np.arange(n) * v for o, n, v in zip(grid.origin_nm, grid.shape_zyx, grid.voxel_size_nm, strict=True))
+    return (z[:, None, None] * 3 + y[:, None] * 2 + x - 50).astype(np.float32)
+
+
+def write_ramp(path: Path) -> tuple[Path, list[Grid]]:
+    """Write a pyramid of that ramp: s1 halves y and x, s2 halves all; each level has its own centre translation."""
+    sizes: list[NmZYX] = [(8.0, 4.0, 4.0), (8.0, 8.0, 8.0), (16.0, 16.0, 16.0)]
+    levels = [GRID.at_voxel_size(size) for size in sizes]
+    assert levels[2].origin_nm == (20.0, 4.0, 6.0)
+    return write_multiscale(path / "em", [(level, physical(level)) for level in levels]), levels
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(
+    "size",
+    [(8.0, 4.0, 4.0), (8.0, 8.0, 8.0), (16.0, 16.0, 16.0), (8.0, 6.0, 5.0), (4.0, 2.0, 2.0), (13.92, 12.0, 12.0)],
+)
+def test_every_level_gives_the_same_physical_values(tmp_path: Path, level: int, size: NmZYX) -> None:
+    """Whatever level the plan's voxel size picks and whatever grid is asked for, a place keeps its value."""
+    path, levels = write_ramp(tmp_path)
+    em = reader_of(path, "volume", levels[level].voxel_size_nm)
+    normalizer = make_normalizer("volume", array_of(path))
+    target = GRID.at_voxel_size(size)
+    margin = [math.ceil(8 / v) for v in size]
+    inner = target.crop(Box.whole(target.shape_zyx).grow((-margin[0], -margin[1], -margin[2])))
+    assert min(inner.shape_zyx) >= 1
+    found, valid = em.read(inner)
+    assert valid is None or valid.all()
+    in_nm = found.astype(np.float64) * normalizer.scale + normalizer.offset
+    # A window that cuts source voxels sees steps instead of the ramp: off by at most a quarter of a source voxel.
+    ratios = np.divide(size, levels[level].voxel_size_nm)
+    cut = (ratios > 1) & (ratios != np.rint(ratios))
+    steps = np.array([3.0, 2.0, 1.0]) * levels[level].voxel_size_nm / 4
+    np.testing.assert_allclose(in_nm, physical(inner), atol=0.02 + float(steps[cut].sum()))
+
+
+def test_the_level_read_is_the_coarsest_that_is_fine_enough(tmp_path: Path) -> None:
+    path, levels = write_ramp(tmp_path)
+    for size, level in [
+        (SIZE, 0),
+        ((8.0, 7.0, 8.0), 0),
+        ((8.0, 8.0, 8.0), 1),
+        ((40.0, 40.0, 40.0), 2),
+        ((2.0,) * 3, 0),
+    ]:
+        em = reader_of(path, "volume", (size[0], size[1], size[2]))
+        exact, _ = em.read(levels[level])
+        normalizer = make_normalizer("volume", array_of(path))
+        assert np.array_equal(exact, normalizer(physical(levels[level])))
+        assert em.grid == levels[0]
+
+
+def test_a_volume_of_which_only_coarse_levels_were_fetched_can_be_used(tmp_path: Path) -> None:
+    """The challenge's fetch-data leaves out levels finer than a crop: metadata is there, chunks are not."""
+    path, levels = write_ramp(tmp_path)
+    for chunk in (path / "s0").glob("*/*/*"):
+        chunk.unlink()
+    found, valid = reader_of(path, "volume", levels[1].voxel_size_nm).read(levels[1])
+    assert valid is None
+    assert float(found.std()) == pytest.approx(1, abs=1e-3)
+
+
+# ---- what the network is given ------------------------------------------------------------------------------
+
+
+def test_one_slice_is_one_channel_in_place(tmp_path: Path) -> None:
+    em = reader_of(write_em(tmp_path, textured()))
+    whole, _ = em.read(GRID)
+    box = Box((1, 2, 3), (4, 9, 11))
+    image, valid = read_input(em, GRID, box, 1)
+    assert valid is None
+    assert np.array_equal(image, whole[box.slices][None])
+
+
+@pytest.mark.parametrize("z", [0, 3, 7])
+def test_neighbouring_slices_become_channels_and_validity_is_the_centre_slices(tmp_path: Path, z: int) -> None:
+    em = reader_of(write_em(tmp_path, textured()))
+    whole, _ = em.read(GRID)
+    image, valid = read_input(em, GRID, Box((z, 4, 4), (z + 1, 12, 16)), 5)
+    assert image.shape == (5, 1, 8, 12)
+    for channel, section in enumerate(range(z - 2, z + 3)):
+        expected = whole[section, 4:12, 4:16] if 0 <= section < 8 else np.zeros((8, 12))
+        assert np.array_equal(image[channel, 0], expected)
+    assert valid is None or (valid.shape == (1, 8, 12) and valid.all())
+
+
+def test_a_normalizer_is_an_affine_map() -> None:
+    assert Normalizer(10.0, 2.0)(np.array([10, 14], np.uint8)).tolist() == [0.0, 2.0]

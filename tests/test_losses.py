@@ -1,0 +1,261 @@
+"""Every loss: blind to what is unknown, equal to the references where everything is known, finite everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+from test_planner import tiny_facts_plan
+from torch import Tensor
+
+from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
+from autoseg.model.losses import CodeTable, build_loss, masked_loss
+from autoseg.plan.rules_network import LOSS_TERMS
+from autoseg.schema import Loss
+
+KINDS = sorted(LOSS_TERMS)
+SHAPE = (2, 3, 2, 6, 6)
+EVEN = torch.ones(3)
+
+
+def loss_of(kind: str = "dice_bce", **changes: Any) -> Loss:
+    """Return a loss as a plan would write it."""
+    terms = {f"{name}_weight": LOSS_TERMS[kind].get(name, 0.0) for name in ("bce", "dice", "focal", "tversky")}
+    rest: dict[str, Any] = {"focal_gamma": 2.0, "tversky_alpha": 0.3, "tversky_beta": 0.7, "smooth": 1.0}
+    return Loss(kind=kind, **(terms | rest | changes))
+
+
+def draw(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return random (logits, target)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=dtype) * 2
+    return logits, (torch.rand(shape, generator=generator) < 0.4).to(dtype)
+
+
+def mask(seed: int = 1, share: float = 0.7) -> Tensor:
+    return (torch.rand(SHAPE, generator=torch.Generator().manual_seed(seed)) < share).float()
+
+
+# ---- conformance: what holds for every kind -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unknown_voxels_have_no_gradient_and_no_influence(kind: str) -> None:
+    logits, target = draw()
+    known = mask()
+    logits.requires_grad_()
+    value = masked_loss(logits, target, known, loss_of(kind), EVEN)
+    value.backward()
+    assert logits.grad is not None
+    assert torch.count_nonzero(logits.grad[known == 0]) == 0
+    assert torch.count_nonzero(logits.grad[known == 1]) > 0.9 * known.sum()
+    other_logits = torch.where(known == 1, logits.detach(), torch.full_like(logits, 37.0))
+    other_target = torch.where(known == 1, target, 1 - target)
+    assert masked_loss(other_logits, other_target, known, loss_of(kind), EVEN) == value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_equals_cutting_the_unknown_part_away(kind: str) -> None:
+    logits, target = draw()
+    known = torch.ones(SHAPE)
+    known[..., 4:] = 0
+    whole = masked_loss(logits, target, known, loss_of(kind), EVEN)
+    part = masked_loss(logits[..., :4], target[..., :4], known[..., :4], loss_of(kind), EVEN)
+    torch.testing.assert_close(whole, part)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_class_that_is_unknown_everywhere_adds_nothing(kind: str) -> None:
+    logits, target = draw()
+    known = mask()
+    known[:, 1] = 0
+    logits.requires_grad_()
+    value = masked_loss(logits, target, known, loss_of(kind), EVEN)
+    value.backward()
+    rest = [0, 2]
+    alone = masked_loss(logits[:, rest], target[:, rest], known[:, rest], loss_of(kind), torch.ones(2))
+    torch.testing.assert_close(value, alone)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    nothing = masked_loss(logits, target, torch.zeros(SHAPE), loss_of(kind), EVEN)
+    assert nothing == 0, "a batch without a known voxel"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_weights_are_a_weighted_mean_over_classes(kind: str) -> None:
+    logits, target = draw()
+    known = mask()
+    single = torch.stack([masked_loss(logits, target, known, loss_of(kind), row) for row in torch.eye(3)])
+    weights = torch.tensor([1.0, 3.0, 0.0])
+    mixed = masked_loss(logits, target, known, loss_of(kind), weights)
+    torch.testing.assert_close(mixed, (single * weights).sum() / weights.sum())
+    assert single[0] != single[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_value_is_a_mean_and_does_not_grow_with_the_batch(kind: str) -> None:
+    logits, target = draw()
+    known = mask()
+    loss = loss_of(kind, smooth=0.0)
+    once = masked_loss(logits, target, known, loss, EVEN)
+    twice = masked_loss(*(torch.cat([t, t]) for t in (logits, target, known)), loss, EVEN)
+    torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [50.0, 1e4, 3e4])
+@pytest.mark.parametrize("right", [True, False])
+def test_extreme_logits_keep_value_and_gradient_finite(kind: str, size: float, right: bool) -> None:
+    target = draw()[1]
+    logits = (size * (2 * target - 1) * (1 if right else -1)).requires_grad_()
+    for gamma in (0.0, 0.5, 2.0):
+        value = masked_loss(logits, target, torch.ones(SHAPE), loss_of(kind, focal_gamma=gamma), EVEN)
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert torch.isfinite(value)
+        assert torch.isfinite(gradient).all(), f"gamma {gamma}"
+        assert value < 1e-3 if right else value > 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_perfect_answer_costs_nothing_and_a_gradient_step_helps(kind: str) -> None:
+    logits, target = draw()
+    logits.requires_grad_()
+    value = masked_loss(logits, target, mask(), loss_of(kind), EVEN)
+    (gradient,) = torch.autograd.grad(value, logits)
+    after = masked_loss(logits - 0.5 * gradient / gradient.abs().max(), target, mask(), loss_of(kind), EVEN)
+    assert after < value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_that_of_finite_differences(kind: str) -> None:
+    logits, target = draw(3, (1, 2, 1, 2, 3), torch.float64)
+    known = torch.ones_like(target)
+    known[..., 0] = 0
+    weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    function = lambda x: masked_loss(x, target, known, loss_of(kind), weights)  # noqa: E731
+    assert torch.autograd.gradcheck(function, logits.requires_grad_())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_summed_in_full_precision(kind: str, dtype: torch.dtype) -> None:
+    shape = (1, 1, 1, 512, 512)
+    logits, target = draw(0, shape)
+    logits = logits.to(dtype)
+    half = masked_loss(logits, target, torch.ones(shape), loss_of(kind), torch.ones(1))
+    full = masked_loss(logits.float(), target, torch.ones(shape), loss_of(kind), torch.ones(1))
+    assert half.dtype == torch.float32
+    assert half == full
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31), st.sampled_from(KINDS), st.floats(0, 1))
+def test_any_mask_gives_a_finite_value_that_is_not_negative(seed: int, kind: str, share: float) -> None:
+    logits, target = draw(seed)
+    value = masked_loss(logits, target, mask(seed, share), loss_of(kind), EVEN)
+    assert torch.isfinite(value)
+    assert value >= -1e-6
+
+
+# ---- relations between kinds, and references ----------------------------------------------------------------
+
+
+def test_division_is_by_the_known_voxels_of_each_class() -> None:
+    logits, target = draw()
+    known = mask()
+    value = masked_loss(logits, target, known, loss_of("bce"), torch.tensor([0.0, 1.0, 0.0]))
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")[:, 1]
+    torch.testing.assert_close(value, bce[known[:, 1] == 1].mean())
+
+
+def test_focal_without_gamma_is_cross_entropy() -> None:
+    logits, target = draw()
+    focal = masked_loss(logits, target, mask(), loss_of("focal", focal_gamma=0.0), EVEN)
+    torch.testing.assert_close(focal, masked_loss(logits, target, mask(), loss_of("bce"), EVEN))
+
+
+def test_tversky_of_two_halves_is_dice_with_half_the_smoothing() -> None:
+    logits, target = draw()
+    halves = loss_of("tversky", tversky_alpha=0.5, tversky_beta=0.5, smooth=1.0)
+    tversky = masked_loss(logits, target, mask(), halves, EVEN)
+    torch.testing.assert_close(tversky, masked_loss(logits, target, mask(), loss_of("dice", smooth=2.0), EVEN))
+
+
+def test_tversky_of_two_ones_is_the_jaccard_distance() -> None:
+    logits, target = draw()
+    known = mask()
+    ones = loss_of("tversky", tversky_alpha=1.0, tversky_beta=1.0, smooth=0.0)
+    probability = torch.sigmoid(logits) * known
+    inside = (probability * target).sum(dim=(0, 2, 3, 4))
+    union = probability.sum(dim=(0, 2, 3, 4)) + (target * known).sum(dim=(0, 2, 3, 4)) - inside
+    torch.testing.assert_close(masked_loss(logits, target, known, ones, EVEN), (1 - inside / union).mean())
+
+
+def test_alpha_weighs_false_positives_and_beta_false_negatives() -> None:
+    target = torch.zeros(1, 1, 1, 4, 4)
+    target[..., :2] = 1
+    everything, nothing = torch.full_like(target, 9.0), torch.full_like(target, -3.0)
+    weigh = lambda logits, a, b: masked_loss(  # noqa: E731
+        logits, target, torch.ones_like(target), loss_of("tversky", tversky_alpha=a, tversky_beta=b), torch.ones(1)
+    )
+    assert weigh(everything, 0.9, 0.1) > weigh(everything, 0.1, 0.9)
+    assert weigh(nothing, 0.9, 0.1) < weigh(nothing, 0.1, 0.9)
+
+
+REFERENCES: dict[str, tuple[Loss, Any]] = {
+    "dice": (loss_of("dice"), DiceLoss(sigmoid=True, batch=True, smooth_nr=1.0, smooth_dr=1.0)),
+    "tversky": (
+        loss_of("tversky"),
+        TverskyLoss(sigmoid=True, batch=True, alpha=0.3, beta=0.7, smooth_nr=1.0, smooth_dr=1.0),
+    ),
+    "focal": (loss_of("focal"), FocalLoss(gamma=2.0)),
+    "bce": (loss_of("bce"), torch.nn.BCEWithLogitsLoss()),
+}
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_where_everything_is_known_it_is_the_loss_of_monai_or_torch(kind: str) -> None:
+    ours, theirs = REFERENCES[kind]
+    logits, target = draw()
+    value = masked_loss(logits, target, torch.ones(SHAPE), ours, EVEN)
+    torch.testing.assert_close(value, theirs(logits, target), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("dice_bce", {"dice": 1, "bce": 1}), ("focal_dice", {"focal": 0.5, "dice": 0.5})])
+def test_a_compound_is_the_weighted_sum_of_its_parts(kind: str, parts: dict[str, float]) -> None:
+    logits, target = draw()
+    whole = masked_loss(logits, target, mask(), loss_of(kind), EVEN)
+    total = sum(w * masked_loss(logits, target, mask(), loss_of(name), EVEN) for name, w in parts.items())
+    torch.testing.assert_close(whole, total)
+
+
+# ---- codes and levels ---------------------------------------------------------------------------------------
+
+
+def test_the_code_table_says_what_each_code_means_for_each_class() -> None:
+    table = CodeTable(torch.tensor([[UNKNOWN, UNKNOWN], [PRESENT, ABSENT], [ABSENT, UNKNOWN]], dtype=torch.uint8))
+    target, known = table.expand(torch.tensor([[[[0, 1, 2]]]]))
+    assert target.shape == known.shape == (1, 2, 1, 1, 3)
+    assert target[0, :, 0, 0].tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert known[0, :, 0, 0].tolist() == [[0, 1, 1], [0, 1, 0]]
+
+
+def test_coarser_levels_are_compared_with_the_same_place_and_weigh_half() -> None:
+    plan = tiny_facts_plan({"class_weights": {"mito": 1.0, "pm": 1.0}})
+    loss = build_loss(plan)
+    logits, target = draw(0, (2, 2, 1, 8, 8))
+    known = torch.ones_like(target)
+    coarse = draw(1, (2, 2, 1, 4, 4))[0]
+    weights = torch.ones(2)
+    fine_value = masked_loss(logits, target, known, plan.loss, weights)
+    coarse_value = masked_loss(coarse, target[..., ::2, ::2], known[..., ::2, ::2], plan.loss, weights)
+    torch.testing.assert_close(loss([logits], target, known), fine_value)
+    torch.testing.assert_close(loss([logits, coarse], target, known), (fine_value + 0.5 * coarse_value) / 1.5)
+    unknown = known.clone()
+    unknown[..., ::2, ::2] = 0
+    assert loss([logits, coarse], target, unknown) == masked_loss(logits, target, unknown, plan.loss, weights) / 1.5

@@ -1,0 +1,455 @@
+"""The planner: a pure function whose every decision fits the machine, has one reason, and can be overridden."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoseg.errors import PlanError
+from autoseg.geometry import NmZYX, VoxelsZYX
+from autoseg.model.memory import StepCost
+from autoseg.plan import fingerprint, make_plan, parse_settings, rules_data, rules_network
+from autoseg.plan.draft import DERIVED, leaf_fields
+from autoseg.schema import (
+    ClassCount,
+    ClassEntry,
+    CropFacts,
+    Fingerprint,
+    Gpu,
+    Hardware,
+    Intensity,
+    Network,
+    Plan,
+    Region,
+    VolumeFacts,
+    encode,
+    load_as,
+    save,
+)
+
+GIB = 2**30
+GOLDEN = Path(__file__).parent / "golden"
+TINY: dict[str, Any] = {
+    "network.features": (4, 8),
+    "patch_size_zyx": (1, 32, 32),
+    "batch_size": 2,
+    "accumulate_batches": 1,
+    "num_threads": 1,
+    "optimizer.num_steps": 8,
+    "validation.num_rounds": 2,
+    "precision": "fp32",
+}
+
+# ---- what plans are made from; other test modules use these, too ---------------------------------------------
+
+
+def machine(*gpus: Gpu, threads: int = 2, bf16: bool = False, ram_gib: float = 8, shm_gib: float = 1) -> Hardware:
+    """Return a machine; the first GPU is the one that counts."""
+    return Hardware(
+        name="bench",
+        gpus=gpus,
+        cpu_name="a CPU",
+        cpu_threads=threads,
+        cpu_bf16=bf16,
+        ram_bytes=int(ram_gib * GIB),
+        shm_bytes=int(shm_gib * GIB),
+        conv_gflops={"fp32": 60.0, "bf16": 120.0, "fp16": 100.0},
+    )
+
+
+def gpu(name: str = "RTX 3090", gib: float = 24, *, bf16: bool = True, fp16: bool = True) -> Gpu:
+    """Return a GPU with all its memory free."""
+    return Gpu(name=name, memory_bytes=int(gib * GIB), free_bytes=int(gib * GIB), bf16=bf16, fp16=fp16)
+
+
+def facts(
+    shape: VoxelsZYX = (20, 512, 512),
+    voxel: NmZYX = (50.0, 4.6, 4.6),
+    *,
+    classes: tuple[str, ...] = ("mito", "pm"),
+    crops: int = 3,
+    volumes: int = 1,
+) -> Fingerprint:
+    """Return the fingerprint of crops that all have that shape; every class fills a tenth of each."""
+    voxels = math.prod(shape)
+    count = ClassCount(absent=voxels - voxels // 10, present=voxels // 10, unknown=0)
+    grey = Intensity(minimum=0, p0_5=3, p50=120, p99_5=240, maximum=255, mean=123.4, sd=45.6, num_voxels=voxels)
+    return Fingerprint(
+        volumes=tuple(
+            VolumeFacts(
+                name=f"v{i}",
+                path=f"v{i}/v{i}.zarr",
+                dtype="uint8",
+                shape_zyx=shape,
+                voxel_size_nm=voxel,
+                intensity=grey,
+                stored_fraction=1.0,
+            )
+            for i in range(volumes)
+        ),
+        crops=tuple(
+            CropFacts(
+                name=f"v{i % volumes}/crop{i + 1}",
+                volume=f"v{i % volumes}",
+                shape_zyx=shape,
+                voxel_size_nm=voxel,
+                origin_nm=(0.0, 0.0, i * shape[2] * voxel[2]),
+                split=None,
+                annotated=classes,
+                counts=dict.fromkeys(classes, count),
+            )
+            for i in range(crops)
+        ),
+        classes=tuple(ClassEntry(name=name) for name in classes),
+    )
+
+
+def tiny_plan(data: Path, cache: Path, changes: Mapping[str, Any] | None = None) -> Plan:
+    """Return a plan for DATA that trains in a second on one thread."""
+    return make_plan("tiny", fingerprint(data, cache), machine(threads=1), TINY | dict(changes or {}))
+
+
+def tiny_facts_plan(changes: Mapping[str, Any] | None = None) -> Plan:
+    """Return a small plan without any data on disk, for two classes."""
+    return make_plan("tiny", facts(), machine(threads=1), TINY | dict(changes or {}))
+
+
+def cheap_trace(network: Network, slices: int, classes: int, patch: VoxelsZYX, *_: object) -> StepCost:
+    """Price a step by a formula where only the planner's reaction to the price is of interest."""
+    per_patch = 7 * math.prod(patch) * sum(network.features) + 4 * math.prod(patch) * (slices + classes)
+    return StepCost(50 * 2**20, per_patch, 1000 * per_patch, 10**6)
+
+
+@pytest.fixture
+def _cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
+    rules_network._cached_cost.cache_clear()
+    yield
+    rules_network._cached_cost.cache_clear()
+
+
+cheap = pytest.mark.usefixtures("_cheap")
+
+
+def value_of(plan: Plan, field: str) -> Any:
+    """Return the value of a dotted field."""
+    value: Any = plan
+    for part in field.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+def reason(plan: Plan, field: str) -> str:
+    """Return why the field has its value."""
+    return next(r.because for r in plan.reasons if r.field == field)
+
+
+# ---- any machine, any data ----------------------------------------------------------------------------------
+
+gpus = st.builds(
+    gpu,
+    st.sampled_from(["A", "B"]),
+    st.sampled_from([4, 6, 11, 16, 24, 80]),
+    bf16=st.booleans(),
+    fp16=st.booleans(),
+)
+machines = st.builds(
+    lambda cards, **rest: machine(*cards, **rest),
+    st.lists(gpus, max_size=4),
+    threads=st.integers(1, 128),
+    bf16=st.booleans(),
+    ram_gib=st.sampled_from([2, 4, 8, 31.3, 64, 500]),
+    shm_gib=st.sampled_from([0, 0.0625, 1, 32]),
+)
+fingerprints = st.builds(
+    facts,
+    st.tuples(st.integers(1, 120), st.integers(24, 1500), st.integers(24, 1500)),
+    st.tuples(st.sampled_from([4.0, 8.0, 30.0, 50.0]), st.sampled_from([2.62, 4.0, 8.0]), st.sampled_from([4.0, 8.0])),
+    classes=st.sampled_from([("mito",), ("mito", "pm", "er_mem", "nuc")]),
+    crops=st.integers(1, 9),
+    volumes=st.integers(1, 4),
+).filter(lambda f: len(f.crops) >= len(f.volumes))
+
+
+@cheap
+@settings(max_examples=150)
+@given(fingerprints, machines)
+def test_any_plan_fits_its_machine_and_its_own_network(found: Fingerprint, hardware: Hardware) -> None:
+    try:
+        plan = make_plan("any", found, hardware, {})
+    except PlanError as error:
+        # the smallest step does not fit: the message compares what is needed with what there is
+        assert re.search(r"batch_size: one patch .* needs .* GiB, .* GiB may be used", str(error))
+        return
+    room = hardware.gpus[0].memory_bytes * 0.85 if hardware.gpus else hardware.ram_bytes * 0.6
+    assert 0 < plan.predicted_memory_bytes <= room
+    assert plan.predicted_ram_bytes <= hardware.ram_bytes
+    assert (plan.device == "cuda") == bool(hardware.gpus)
+    assert 1 <= plan.num_threads <= hardware.cpu_threads
+    assert plan.num_workers <= max(0, hardware.cpu_threads - 2)
+    for axis in range(3):
+        step = math.prod(stride[axis] for stride in plan.network.strides_zyx)
+        assert plan.patch_size_zyx[axis] % step == 0
+        assert plan.sliding_window.tile_zyx[axis] % step == 0
+    assert len(plan.network.features) == len(plan.network.strides_zyx) + 1 == len(plan.network.kernels_zyx)
+    assert encode(make_plan("any", found, hardware, {})) == encode(plan), "the same input gave another plan"
+
+
+@cheap
+@settings(max_examples=25)
+@given(fingerprints, machines.filter(lambda m: m.ram_bytes > 4 * GIB))
+def test_every_decision_of_a_plan_has_exactly_one_reason(found: Fingerprint, hardware: Hardware) -> None:
+    plan = make_plan("any", found, hardware, {"patch_size_zyx": (1, 16, 16)})
+    explained = [r.field for r in plan.reasons]
+    assert len(explained) == len(set(explained))
+    given_or_derived = {"name", "heads", *DERIVED} - {n for n in DERIVED if n.startswith("predicted_")}
+    for field, _ in leaf_fields(Plan):
+        if field.split(".")[0] in given_or_derived:
+            continue
+        covering = [name for name in explained if field == name or field.startswith(f"{name}.")]
+        assert len(covering) == 1, f"{field} has the reasons {covering}"
+    assert all(r.because and r.source for r in plan.reasons)
+    assert {name.split(".")[0] for name in explained} <= {*Plan.__struct_fields__, "dimensions"}
+
+
+@cheap
+def test_reasons_quote_the_numbers_they_were_given() -> None:
+    plan = make_plan("a", facts(), machine(gpu("Quadro X", 48), threads=12, ram_gib=64), {})
+    assert "Quadro X" in reason(plan, "device")
+    assert "48 GiB" in reason(plan, "device")
+    assert "12 threads" in reason(plan, "num_workers")
+    assert f"{plan.predicted_memory_bytes / GIB:.2f} GiB" in reason(plan, "batch_size")
+    assert f"{48 * 0.85:.1f} GiB" in reason(plan, "batch_size")
+    assert "20x512x512" in reason(plan, "patch_size_zyx")
+    assert "10.9" in reason(plan, "dimensions"), "anisotropy 50 / 4.6"
+    assert "123 ± 46" in reason(plan, "normalization.kind")
+    assert "10.00%" in reason(plan, "sampling.class_centred_fraction")
+
+
+# ---- rules --------------------------------------------------------------------------------------------------
+
+
+@cheap
+@pytest.mark.parametrize(
+    ("shape", "voxel", "cards", "expected"),
+    [
+        pytest.param((1, 512, 512), (50.0, 4.6, 4.6), [gpu()], "2d", id="one-section"),
+        pytest.param((2, 512, 512), (50.0, 4.6, 4.6), [gpu()], "2d", id="too-few-for-neighbours"),
+        pytest.param((6, 512, 512), (50.0, 4.6, 4.6), [gpu()], "2.5d", id="a-few-coarse-sections"),
+        pytest.param((20, 512, 512), (50.0, 4.6, 4.6), [gpu()], "3d", id="many-coarse-sections"),
+        pytest.param((64, 256, 256), (8.0, 8.0, 8.0), [gpu()], "3d", id="isotropic"),
+        pytest.param((64, 256, 256), (8.0, 8.0, 8.0), [], "flat", id="isotropic-without-gpu"),
+    ],
+)
+def test_dimensions_follow_depth_anisotropy_and_device(
+    shape: VoxelsZYX, voxel: NmZYX, cards: list[Gpu], expected: str
+) -> None:
+    plan = make_plan("a", facts(shape, voxel), machine(*cards), {})
+    depth = plan.patch_size_zyx[0]
+    assert (depth > 1) == (expected == "3d")
+    assert (plan.network.kind == "rsunet") == (expected == "3d")
+    if expected != "flat":
+        assert (plan.input_slices in (3, rules_data.SLICES_2_5D)) == (expected == "2.5d")
+
+
+@cheap
+@pytest.mark.parametrize(
+    ("hardware", "precision"),
+    [
+        pytest.param(machine(gpu("V100", 16, bf16=False)), "fp16", id="V100"),
+        pytest.param(machine(gpu("RTX 2080 Ti", 11, bf16=False)), "fp16", id="2080Ti"),
+        pytest.param(machine(gpu("A100", 40)), "bf16", id="A100"),
+        pytest.param(machine(gpu("GTX 1080", 8, bf16=False, fp16=False)), "fp32", id="1080"),
+        pytest.param(machine(bf16=True), "bf16", id="cpu-with-bf16"),
+        pytest.param(machine(bf16=False), "fp32", id="cpu-without-bf16"),
+    ],
+)
+def test_precision_is_what_the_device_does_natively(hardware: Hardware, precision: str) -> None:
+    assert make_plan("a", facts(), hardware, {}).precision == precision
+
+
+@cheap
+def test_less_memory_means_a_smaller_batch_and_then_a_refusal_with_numbers() -> None:
+    batches = [make_plan("a", facts(), machine(gpu(gib=gib)), {}).batch_size for gib in (80, 8, 6)]
+    assert batches[0] > batches[-1]
+    assert batches == sorted(batches, reverse=True)
+    with pytest.raises(PlanError, match=r"batch_size: one patch .* needs \d+\.\d GiB, .*--set patch_size_zyx"):
+        make_plan("a", facts(), machine(gpu(gib=1)), {"patch_size_zyx": (64, 512, 512)})
+
+
+@cheap
+def test_anisotropic_kernels_are_flat_until_voxels_are_cubic() -> None:
+    plan = make_plan("a", facts((40, 512, 512), (40.0, 10.0, 10.0)), machine(gpu()), {})
+    depths = [kernel[0] for kernel in plan.network.kernels_zyx]
+    assert depths == sorted(depths)
+    assert depths[0] == 1
+    assert depths[-1] == 3
+    assert plan.network.strides_zyx[0] == (1, 2, 2)
+
+
+# ---- --set --------------------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, tuple[str, Any]] = {
+    "name": ("other", "other"),
+    "device": ("cpu", "cpu"),
+    "classes": ('[{"name": "pm"}]', (ClassEntry(name="pm"),)),
+    "split.train": ('[{"crop": "v0/crop2"}]', (Region(crop="v0/crop2"),)),
+    "split.validate": ('[{"crop": "v0/crop3"}]', (Region(crop="v0/crop3"),)),
+    "split.rule": ("user", "user"),
+    "voxel_size_nm": ("50,9.2,9.2", (50.0, 9.2, 9.2)),
+    "patch_size_zyx": ("1,64,32", (1, 64, 32)),
+    "input_slices": ("3", 3),
+    "batch_size": ("3", 3),
+    "accumulate_batches": ("5", 5),
+    "num_workers": ("2", 2),
+    "num_threads": ("1", 1),
+    "precision": ("bf16", "bf16"),
+    "network.kind": ("resunet", "resunet"),
+    "network.features": ("4,8,12", (4, 8, 12)),
+    "network.kernels_zyx": ("[[1,5,5],[1,3,3],[1,3,3]]", ((1, 5, 5), (1, 3, 3), (1, 3, 3))),
+    "network.strides_zyx": ("[[1,2,2],[1,1,2]]", ((1, 2, 2), (1, 1, 2))),
+    "network.norm": ("group", "group"),
+    "network.deep_supervision": ("true", True),
+    "loss.kind": ("focal_dice", "focal_dice"),
+    "class_weights": ('{"mito": 2, "pm": 1}', {"mito": 2.0, "pm": 1.0}),
+    "normalization.kind": ("dtype", "dtype"),
+    "init": ("null", None),
+    "augmentation.preset": ("flips", "flips"),
+    "augmentation.flip": ("false", False),
+    "augmentation.right_angles": ("false", False),
+    "augmentation.transpose_z": ("true", True),
+    "augmentation.scale_range": ("0.5,2", (0.5, 2.0)),
+    "augmentation.contrast_range": ("0.5,2", (0.5, 2.0)),
+    "augmentation.gamma_range": ("0.5,2", (0.5, 2.0)),
+    "augmentation.blur_sigma_range": ("0.5,2", (0.5, 2.0)),
+    "optimizer.kind": ("adamw", "adamw"),
+    "optimizer.num_steps": ("120", 120),
+    "schedule.kind": ("one_cycle", "one_cycle"),
+    "validation.num_rounds": ("3", 3),
+    "budget_s": ("40", 40.0),
+    "sampling.crops_per_step": ("3", 3),
+    "sliding_window.tile_zyx": ("1,96,96", (1, 96, 96)),
+    "sliding_window.batch_size": ("3", 3),
+    "sliding_window.mirror_axes": ("x", ("x",)),
+    "sliding_window.transpose_yx": ("false", False),
+    "decode.thresholds": ('{"mito": 0.25, "pm": 0.5}', {"mito": 0.25, "pm": 0.5}),
+    "seed": ("7", 7),
+}
+SETTABLE = [name for name, _ in leaf_fields(Plan) if name.split(".")[0] not in DERIVED]
+
+
+@cheap
+@pytest.mark.parametrize("field", SETTABLE)
+def test_every_field_of_the_plan_can_be_set_and_says_so(field: str) -> None:
+    text, expected = SETTINGS.get(field, ("0.125", 0.125))  # every other field is a plain number
+    pairs = [f"{field}={text}"] + (["network.features=4,8,12"] if field.startswith("network.") else [])
+    plan = make_plan("a", facts(), machine(), parse_settings(list(dict.fromkeys(pairs))))
+    assert value_of(plan, field) == expected
+    if field != "name":
+        sources = {r.field: r.source for r in plan.reasons}
+        assert sources["split" if field.startswith("split.") else field] == "user"
+    default = make_plan("a", facts(), machine(), {})
+    if field not in ("device", "optimizer.kind", "init", "network.kernels_zyx"):
+        assert encode(plan) != encode(default)
+
+
+@cheap
+@pytest.mark.parametrize(
+    ("pairs", "follows"),
+    [
+        (["network.features=8,16"], lambda p: len(p.network.kernels_zyx) == 2 and len(p.network.strides_zyx) == 1),
+        (["network.kind=rsunet"], lambda p: p.patch_size_zyx[0] > 1 and p.network.norm == "group"),
+        (["input_slices=5"], lambda p: p.patch_size_zyx[0] == 1 and p.sliding_window.tile_zyx[0] == 1),
+        (["patch_size_zyx=8,64,64"], lambda p: p.network.kind == "rsunet" and p.sliding_window.tile_zyx[0] > 1),
+        (["patch_size_zyx=1,32,32"], lambda p: p.input_slices == 1 and p.network.kernels_zyx[0] == (1, 3, 3)),
+        (["loss.kind=tversky"], lambda p: p.loss.tversky_weight == 1 and p.loss.dice_weight == p.loss.bce_weight == 0),
+        (["augmentation.preset=none"], lambda p: not p.augmentation.flip and p.sliding_window.mirror_axes == ()),
+        (["optimizer.num_steps=9"], lambda p: p.budget_s is None),
+        (["seed=3"], lambda p: p.seed == 3),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_fields_that_depend_on_a_setting_follow_it(pairs: list[str], follows: Callable[[Plan], bool]) -> None:
+    plan = make_plan("a", facts(), machine(), parse_settings(pairs))
+    assert follows(plan)
+
+
+@cheap
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["patch_size_zyx=1,100,100", "network.strides_zyx=[[1,2,2],[1,2,2],[1,2,2]]"], r"patch_size_zyx: 100 .*use 96"),
+        (["patch_size_zyx=1,7,7"], r"patch_size_zyx: .*cannot be halved"),
+        (["input_slices=4"], r"input_slices: 4: use an odd number"),
+        (["input_slices=5", "patch_size_zyx=8,64,64"], r"input_slices: 5 with .*2\.5D patches have z = 1"),
+        (["patch_size_zyx=1,32,32", "network.features=4,4,4,4,4,4,4"], r"network\.features: 7 .*give \d widths"),
+        (["network.features=4"], r"network\.features: .*at least two levels"),
+        (["network.features=4,0"], r"network\.features: .*positive"),
+        (["network.kernels_zyx=[[1,2,2],[1,2,2]]", "network.features=4,8"], r"network\.kernels_zyx: .*odd"),
+        (["network.strides_zyx=[[1,3,3]]", "network.features=4,8"], r"network\.strides_zyx: .*1 or 2"),
+        (["precision=fp16"], r"precision: fp16 on the CPU: use bf16 or fp32"),
+        (["batch_size=0"], r"batch_size: 0 .*use at least 1"),
+        (["optimizer.learning_rate=0"], r"optimizer\.learning_rate: 0"),
+        (["sliding_window.tile_zyx=1,100,101"], r"sliding_window\.tile_zyx: 10[01] along .*use 96"),
+        (["class_weights.mitochondria=2"], r"class_weights\.mitochondria: .*'mito'"),
+        (["decode.thresholds.pmm=0.4"], r"decode\.thresholds\.pmm: .*'pm'"),
+        (["split.train=[{\"crop\": \"v0/crop7\"}]"], r"split\.train: .*v0/crop7.*did you mean 'v0/crop"),
+        (["budget_s=-5"], r"budget_s"),
+        (["optimizer.num_steps=0"], r"optimizer\.num_steps"),
+        (["augmentation.scale_range=1.5,2"], r"augmentation\.scale_range: 1\.5, 2\.0"),
+    ],
+    ids=lambda v: ",".join(v)[:60] if isinstance(v, list) else "",
+)
+def test_impossible_combinations_are_refused_with_one_line_and_the_fix(pairs: list[str], message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        make_plan("a", facts(), machine(), parse_settings(pairs))
+    assert "\n" not in str(caught.value)
+
+
+@cheap
+def test_only_annotated_classes_with_voxels_can_be_asked_for() -> None:
+    chosen = make_plan("a", facts(), machine(), {"classes.names": ["pm"]})
+    assert chosen.class_names == ("pm",)
+    assert set(chosen.class_weights) == set(chosen.decode.thresholds) == {"pm"}
+    with pytest.raises(PlanError, match=r"mitos.*did you mean 'mito'"):
+        make_plan("a", facts(), machine(), {"classes.names": ["mitos"]})
+
+
+# ---- golden -------------------------------------------------------------------------------------------------
+
+GOLDEN_PLANS: dict[str, tuple[dict[str, Any], Hardware]] = {
+    "vnc-two-cores": ({}, machine(bf16=True, ram_gib=15.6)),
+    "vnc-v100": (
+        {"patch_size_zyx": (8, 64, 64), "network.features": (8, 16, 24)},
+        machine(gpu("Tesla V100", 16, bf16=False), threads=12, ram_gib=64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_PLANS)
+def test_the_plan_for_a_frozen_fingerprint_and_machine_is_the_golden_one(name: str) -> None:
+    """After a wanted change run with AUTOSEG_WRITE_GOLDEN=1 and show the difference (`autoseg plan --diff`)."""
+    changes, hardware = GOLDEN_PLANS[name]
+    found = load_as(GOLDEN / "fingerprint-vnc.json", Fingerprint)
+    plan = make_plan(name, found, hardware, changes | {"budget_s": 600.0})
+    path = GOLDEN / f"plan-{name}.json"
+    if os.environ.get("AUTOSEG_WRITE_GOLDEN"):
+        save(plan, path)
+    golden = load_as(path, Plan)
+    traced = ("predicted_memory_bytes", "predicted_ram_bytes", "predicted_step_s")
+    for field in traced:
+        assert getattr(plan, field) == pytest.approx(getattr(golden, field), rel=0.02), field
+    quiet: dict[str, Any] = dict.fromkeys(traced, 0) | {"reasons": ()}
+    assert msgspec.to_builtins(msgspec.structs.replace(plan, **quiet)) == msgspec.to_builtins(
+        msgspec.structs.replace(golden, **quiet)
+    )
+    assert [(r.field, r.source) for r in plan.reasons] == [(r.field, r.source) for r in golden.reasons]

@@ -1,0 +1,365 @@
+"""Prediction: the exact grid of the input, the same labels however often and however interrupted it was made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import msgspec
+import numpy as np
+import pytest
+import tifffile
+import torch
+from numpy.typing import NDArray
+from strategies import em_path, make_dataset, write_multiscale
+from test_planner import tiny_plan
+
+from autoseg.data import store
+from autoseg.data.dataset import open_dataset
+from autoseg.errors import CheckpointError, DataError
+from autoseg.geometry import Box, Grid
+from autoseg.model import windows
+from autoseg.predict import (
+    Region,
+    Trained,
+    blocks,
+    crop_regions,
+    cut_roi,
+    export_labels,
+    file_region,
+    open_run,
+    predict_regions,
+    volume_regions,
+)
+from autoseg.predict.decode import label_map, to_labels
+from autoseg.recipes.training import train_on
+from autoseg.schema import ClassEntry
+
+NAMES = ("mito", "er_mem", "pm")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `data`, `cache`, and `run`, trained for a moment."""
+    folder = tmp_path_factory.mktemp("predict")
+    data = make_dataset(folder / "data", shape=(4, 64, 64))
+    changes = {"optimizer.num_steps": 12, "sliding_window.tile_zyx": (1, 32, 32), "validation.num_rounds": 1}
+    train_on(tiny_plan(data, folder / "cache", changes), data, folder / "run", cache=folder / "cache")
+    return folder
+
+
+@pytest.fixture
+def trained(place: Path) -> Trained:
+    """Return the run, ready to predict."""
+    return open_run(place / "run", "last", "cpu")
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut regions into blocks of one tile, so that there are many."""
+    monkeypatch.setattr(windows, "BLOCK_BYTES", 1)
+
+
+def labels(out: Path, kind: str = "") -> NDArray[np.uint8]:
+    """Return the labels (or probabilities) of every class, (class, z, y, x)."""
+    return np.stack([_whole(out / kind / name / "s0") for name in NAMES])
+
+
+def _whole(path: Path) -> NDArray[Any]:
+    reader = store.ArrayReader(path, store.ChunkCache(0))
+    return reader.read(Box.whole(reader.shape_zyx))
+
+
+def snapshot(out: Path) -> dict[str, bytes]:
+    """Return every file of a zarr but the ledger."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and ".autoseg" not in str(p)}
+
+
+def region(place: Path, number: int = 1) -> Region:
+    return crop_regions(open_run(place / "run", "last").plan, open_dataset(place / "data"), str(number))[0]
+
+
+# ---- the same labels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_a_second_prediction_has_the_same_bytes(place: Path, trained: Trained, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        predict_regions(trained, [region(place)], tmp_path / name, probabilities=True)
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    assert 0 < labels(tmp_path / "a" / "demo/crop1").mean() < 1
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("killed_at", [0, 1, 5])
+def test_a_prediction_killed_at_any_block_is_finished_by_the_same_command(
+    place: Path, trained: Trained, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict_regions(trained, [region(place)], tmp_path / "straight")
+    genuine, calls = blocks._RegionWriter.write, list[Box]()
+
+    def write(self: Any, block: Box) -> str:
+        calls.append(block)
+        if len(calls) == killed_at + 1:
+            self.arrays["mito"][block.slices] = 9  # half written when the power goes
+            raise KeyboardInterrupt
+        return genuine(self, block)
+
+    monkeypatch.setattr(blocks._RegionWriter, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        predict_regions(trained, [region(place)], tmp_path / "resumed")
+    done = len(calls) - 1
+    with (tmp_path / "resumed/.autoseg/ledger.jsonl").open("a") as ledger:
+        ledger.write('{"block": "demo/crop1 (2, 3')  # torn by the kill
+    calls.clear()
+    killed_at = 10**6
+    predict_regions(trained, [region(place)], tmp_path / "resumed")
+    total = len(list(blocks._RegionWriter(trained, region(place), tmp_path / "scratch", False).blocks()))
+    assert len(calls) == total - done, "what the ledger lists is not done again"
+    assert snapshot(tmp_path / "resumed") == snapshot(tmp_path / "straight")
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_every_line_of_the_ledger_is_the_checksum_of_its_block(place: Path, trained: Trained, tmp_path: Path) -> None:
+    import hashlib
+
+    predict_regions(trained, [region(place)], tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out/.autoseg/ledger.jsonl").read_text().splitlines()]
+    found = labels(tmp_path / "out/demo/crop1")
+    writer = blocks._RegionWriter(trained, region(place), tmp_path / "out/demo/crop1", False)
+    expected = [hashlib.sha256(np.ascontiguousarray(found[:, *b.slices]).tobytes()).hexdigest() for b in writer.blocks()]
+    assert [line["sha256"] for line in lines] == expected
+    assert len(expected) > 4
+
+
+def test_blocks_never_share_a_chunk(place: Path, trained: Trained, tmp_path: Path) -> None:
+    for size in ((40.0, 8.0, 8.0), (50.0, 6.0, 7.0), (40.0, 16.0, 16.0)):
+        grid = Grid((3, 150, 130), size, (0.0, 0.0, 0.0))
+        writer = blocks._RegionWriter(trained, Region("", region(place).em, grid), tmp_path / str(size), False)
+        for block in writer.blocks():
+            for start, edge, whole, chunk in zip(
+                block.start, block.shape_zyx, grid.shape_zyx, writer.arrays["mito"].chunks, strict=True
+            ):
+                assert start % chunk == 0
+                assert edge % chunk == 0 or start + edge == whole
+
+
+# ---- the grid of the input ----------------------------------------------------------------------------------
+
+
+def test_a_crop_comes_back_on_its_own_grid_as_ome_zarr(place: Path, trained: Trained, tmp_path: Path) -> None:
+    regions = crop_regions(trained.plan, open_dataset(place / "data"), "all")
+    predict_regions(trained, regions, tmp_path / "out")
+    for one in regions:
+        for name in NAMES:
+            multiscale = store.open_multiscale(tmp_path / "out" / one.name / name)
+            assert multiscale.levels[0].grid == one.grid
+    assert regions[0].grid.origin_nm != regions[1].grid.origin_nm
+
+
+@pytest.mark.parametrize("voxel", [(40.0, 4.0, 4.0), (40.0, 11.0, 7.0), (40.0, 16.0, 16.0)], ids=str)
+def test_em_of_another_voxel_size_comes_back_on_the_exact_grid_of_the_input(
+    place: Path, trained: Trained, tmp_path: Path, voxel: tuple[float, float, float]
+) -> None:
+    """The same tissue at another voxel size must get nearly the labels it gets at the plan's."""
+    source = region(place)
+    reader = store.ArrayReader(source.em / "s0", store.ChunkCache(0))
+    wide = Grid(reader.shape_zyx, (40.0, 8.0, 8.0), (0.0, 0.0, 0.0))
+    grid = wide.at_voxel_size(voxel)
+    from autoseg.data.resample import resample
+
+    values = resample(reader.read(Box.whole(reader.shape_zyx)).astype(np.float32), wide, grid, area=False)
+    em = write_multiscale(tmp_path / "em", [(grid, np.rint(values).astype(np.uint8))])
+    found_region = Region("", em, store.open_multiscale(em).levels[0].grid)
+    predict_regions(trained, [found_region], tmp_path / "out", probabilities=True)
+    found = labels(tmp_path / "out")
+    assert found.shape[1:] == grid.shape_zyx
+    assert store.open_multiscale(tmp_path / "out/mito").levels[0].grid == grid
+    native = Region("", source.em, wide)
+    predict_regions(trained, [native], tmp_path / "native", probabilities=True)
+    there = labels(tmp_path / "native", "probabilities")
+    back = np.stack([resample(p.astype(np.float32), grid, wide, area=False) for p in labels(tmp_path / "out", "probabilities")])
+    assert np.abs(back - there).mean() < 25, "of 255"
+    assert np.corrcoef(back.ravel(), there.ravel())[0, 1] > 0.6
+
+
+def test_probabilities_are_bytes_that_agree_with_the_labels(place: Path, trained: Trained, tmp_path: Path) -> None:
+    predict_regions(trained, [region(place)], tmp_path / "out", probabilities=True)
+    probability, found = labels(tmp_path / "out/demo/crop1", "probabilities"), labels(tmp_path / "out/demo/crop1")
+    assert probability.dtype == np.uint8
+    assert len(np.unique(probability)) > 20
+    assert (found[probability > 128] == 1).all()
+    assert (found[probability < 127] == 0).all()
+
+
+def test_a_box_in_nm_is_cut_to_voxels_and_keeps_its_place(place: Path, trained: Trained, tmp_path: Path) -> None:
+    whole = region(place)
+    cut = cut_roi(whole, [(0 - 20, 60), (100, 300), (100, 10**6)])
+    assert cut.grid.shape_zyx == (2, 25, 64 - 13)
+    assert cut.grid.origin_nm == (0.0, 13 * 8.0, 13 * 8.0)
+    predict_regions(trained, [cut], tmp_path / "out")
+    assert labels(tmp_path / "out/demo/crop1").shape == (3, 2, 25, 51)
+    for box, message in (([(0, 1), (5, 5), (0, 9)], "start below stop"), ([(9e6, 1e7), (0, 9), (0, 9)], "outside")):
+        with pytest.raises(DataError, match=message):
+            cut_roi(whole, box)
+
+
+@pytest.mark.parametrize("ending", [".tif", ".h5"])
+@pytest.mark.parametrize("source", [".tif", ".h5"])
+def test_a_file_goes_in_and_a_file_of_the_same_shape_comes_out(
+    place: Path, trained: Trained, tmp_path: Path, source: str, ending: str
+) -> None:
+    reader = store.ArrayReader(region(place).em / "s0", store.ChunkCache(0))
+    em = reader.read(Box((0, 0, 0), (3, 50, 70)))
+    spec = str(tmp_path / f"em{source}")
+    if source == ".tif":
+        tifffile.imwrite(spec, em)
+    else:
+        with h5py.File(spec, "w") as file:
+            file["raw"] = em
+        spec += ":raw"
+    one = file_region(trained.plan, spec, tmp_path / "scratch")
+    assert one.grid.shape_zyx == em.shape
+    assert one.grid.voxel_size_nm == trained.plan.voxel_size_nm, "a file that declares none has the plan's"
+    predict_regions(trained, [one], tmp_path / "z", probabilities=True)
+    out = tmp_path / f"labels{ending}"
+    export_labels(tmp_path / "z", one.grid, trained.plan, out, probabilities=True)
+    masks = labels(tmp_path / "z")
+    expected = label_map(masks, trained.plan.classes)
+    if ending == ".tif":
+        found = tifffile.imread(out)
+        graded = tifffile.imread(tmp_path / "labels-mito-probability.tif")
+    else:
+        with h5py.File(out) as file:
+            found, graded = file["labels"][:], file["mito_probability"][:]
+            assert all(np.array_equal(file[name][:], masks[k]) for k, name in enumerate(NAMES))
+    assert found.shape == em.shape
+    assert np.array_equal(found, expected)
+    assert len(np.unique(found)) > 1
+    assert np.array_equal(graded, labels(tmp_path / "z", "probabilities")[0])
+
+
+def test_em_without_crops_is_predicted_whole(place: Path, trained: Trained, tmp_path: Path) -> None:
+    data = shutil.copytree(place / "data", tmp_path / "bare")
+    shutil.rmtree(data / "demo/demo.zarr/recon-1/labels")
+    dataset = open_dataset(data)
+    (one,) = volume_regions(trained.plan, dataset)
+    assert one.grid.shape_zyx == (4, 64, 128)
+    predict_regions(trained, [one], tmp_path / "out")
+    whole = labels(tmp_path / "out/demo")
+    predict_regions(trained, [region(place)], tmp_path / "crop")
+    agree = whole[..., :64] == labels(tmp_path / "crop/demo/crop1")
+    assert agree.mean() > 0.97, "the voxels of a crop do not depend on where the region ends, but for tile layout"
+
+
+# ---- whose output is it -------------------------------------------------------------------------------------
+
+
+def test_an_output_of_another_run_option_or_hand_is_refused_and_left_alone(
+    place: Path, trained: Trained, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    predict_regions(trained, [region(place)], out)
+    before = snapshot(out)
+    other = trained._replace(identity="another run")
+    for attempt, probabilities in ((other, False), (trained, True)):
+        with pytest.raises(CheckpointError, match=r"begun by another run, checkpoint or option: choose another --out"):
+            predict_regions(attempt, [region(place)], out, probabilities=probabilities)
+    assert snapshot(out) == before
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.png").write_bytes(b"meow")
+    with pytest.raises(CheckpointError, match="is not a prediction of autoseg"):
+        predict_regions(trained, [region(place)], photos)
+    assert [p.name for p in photos.iterdir()] == ["cat.png"]
+
+
+def test_an_output_of_other_em_or_another_box_is_refused(place: Path, trained: Trained, tmp_path: Path) -> None:
+    """Its blocks have the same places, so the ledger alone would call them done."""
+    em = em_path(place / "data", "demo")
+    first = Region("", em, Grid((1, 32, 32), (40.0, 8.0, 8.0), (0.0, 0.0, 0.0)))
+    predict_regions(trained, [first], tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    shifted = first._replace(grid=first.grid._replace(origin_nm=(40.0, 80.0, 80.0)))
+    copied = Path(shutil.copytree(em, tmp_path / "other-em"))
+    for other in (shifted, first._replace(em=copied)):
+        with pytest.raises(CheckpointError, match=r"begun from other EM or for another box: choose another --out"):
+            predict_regions(trained, [other], tmp_path / "out")
+    assert snapshot(tmp_path / "out") == before
+    predict_regions(trained, [first], tmp_path / "out")
+
+
+def test_more_crops_can_be_added_to_an_output(place: Path, trained: Trained, tmp_path: Path) -> None:
+    predict_regions(trained, [region(place, 1)], tmp_path / "out")
+    predict_regions(trained, [region(place, 1), region(place, 2)], tmp_path / "out")
+    assert labels(tmp_path / "out/demo/crop2").shape == (3, 4, 64, 64)
+
+
+# ---- runs, crops, decoding ----------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_run_or_has_no_such_checkpoint_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a run"):
+        open_run(tmp_path)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        open_run(place / "run", str(tmp_path / "x"))
+    broken = Path(shutil.copytree(place / "run", tmp_path / "broken"))
+    weights = broken / "checkpoints/best/weights.safetensors"
+    weights.unlink()
+    weights.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="is missing or damaged"):
+        open_run(broken, "best")
+    assert open_run(broken, "last").checkpoint == "last (step 12)"
+
+
+@pytest.mark.parametrize("device", ["quantum", "meta"])
+def test_a_device_that_is_not_there_is_refused(place: Path, device: str) -> None:
+    with pytest.raises(CheckpointError, match=f"--device {device}: .*use auto, cpu or cuda"):
+        open_run(place / "run", "last", device)
+    if not torch.cuda.is_available():
+        with pytest.raises(CheckpointError, match="no GPU"):
+            open_run(place / "run", "last", "cuda")
+
+
+def test_prediction_uses_the_averaged_weights(place: Path, trained: Trained) -> None:
+    from autoseg.model.checkpoint import load_tensors
+
+    averaged = load_tensors(place / "run/checkpoints/last/weights.safetensors")
+    assert all(torch.equal(v, averaged[k]) for k, v in trained.predictor.network.state_dict().items())
+    assert not trained.predictor.network.training
+
+
+def test_crops_are_chosen_by_number_or_by_side(place: Path, trained: Trained) -> None:
+    dataset = open_dataset(place / "data")
+    assert [r.name for r in crop_regions(trained.plan, dataset, "all")] == ["demo/crop1", "demo/crop2"]
+    assert [r.name for r in crop_regions(trained.plan, dataset, "2")] == ["demo/crop2"]
+    assert [r.name for r in crop_regions(trained.plan, dataset, "1, 2")] == ["demo/crop1", "demo/crop2"]
+    validating = {r.crop for r in trained.plan.split.validate}
+    assert {r.name for r in crop_regions(trained.plan, dataset, "validate")} == validating
+    with pytest.raises(DataError, match="no crop9"):
+        crop_regions(trained.plan, dataset, "1,9")
+
+
+def test_a_label_map_shows_atoms_over_composites_and_the_threshold_counts_as_present() -> None:
+    classes = (ClassEntry(name="nuc", components=("a",)), ClassEntry(name="a"), ClassEntry(name="b"))
+    masks = np.zeros((3, 1, 1, 4), dtype=np.uint8)
+    masks[0, ..., :3] = 1
+    masks[1, ..., 1:3] = 1
+    masks[2, ..., 2] = 1
+    assert label_map(masks, classes).ravel().tolist() == [1, 2, 3, 0]
+    probability = np.array([0.49, 0.5, 0.51], dtype=np.float32).reshape(1, 1, 1, 3)
+    assert to_labels(probability, np.array([0.5])).ravel().tolist() == [0, 1, 1]
+
+
+def test_a_volume_in_a_zarr_is_found_by_its_container_or_its_group(place: Path, trained: Trained, tmp_path: Path) -> None:
+    group = em_path(place / "data", "demo")
+    by_group = file_region(trained.plan, str(group), tmp_path)
+    by_container = file_region(trained.plan, str(place / "data/demo/demo.zarr"), tmp_path)
+    assert by_group == by_container
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(DataError, match="no multiscale group"):
+        file_region(trained.plan, str(tmp_path / "empty.zarr"), tmp_path)
+    assert msgspec.structs.asdict(trained.plan)["name"] == "tiny"

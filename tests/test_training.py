@@ -1,0 +1,476 @@
+"""Training: it learns, it repeats itself bit for bit, and no interruption costs more than a step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from strategies import make_dataset
+from test_planner import tiny_plan
+from torch import Tensor
+
+import autoseg
+from autoseg.errors import CheckpointError, PlanError
+from autoseg.model import checkpoint
+from autoseg.plan import fingerprint
+from autoseg.recipes.training import data_of, split_of, train_on
+from autoseg.schema import (
+    Observer,
+    Plan,
+    Schedule,
+    StepResult,
+    ValidationScore,
+    load_as,
+    read_json_lines,
+    save,
+)
+from autoseg.train import batches, loop, make_step, train
+from autoseg.train.schedule import rate_factor
+from autoseg.train.step import Learner
+
+ROOT = Path(autoseg.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return (DATA, cache)."""
+    folder = tmp_path_factory.mktemp("training")
+    return make_dataset(folder / "data", shape=(4, 64, 64)), folder / "cache"
+
+
+class StopAt(Observer):
+    """Sends this process a signal after some step, as a user or a scheduler would."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.at, self.number = step, number
+        self.steps: list[int] = []
+        self.scores: list[ValidationScore] = []
+
+    def stepped(self, step: int, result: StepResult) -> None:
+        """Note the step, and stop there."""
+        self.steps.append(step)
+        if step == self.at:
+            os.kill(os.getpid(), self.number)
+
+    def validated(self, step: int, score: ValidationScore) -> None:
+        """Note the score."""
+        self.scores.append(score)
+
+
+def everything(run: Path, name: str = "last") -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint: averaged weights, weights, optimizer, generator."""
+    folder = run / "checkpoints" / name
+    weights = checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
+    return {f"averaged.{k}": v for k, v in weights.items()} | checkpoint.load_tensors(folder / checkpoint.STATE)
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert {name for name in a if not torch.equal(a[name], b[name])} == set()
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of steps, without what time they took."""
+    lines = [line for line in read_json_lines(run / "log.jsonl") if "event" not in line]
+    return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+
+
+# ---- it learns ----------------------------------------------------------------------------------------------
+
+
+def test_training_overfits_one_tiny_crop_within_seconds(tmp_path: Path) -> None:
+    data, cache = make_dataset(tmp_path / "data", shape=(2, 64, 64), crops=1), tmp_path / "cache"
+    changes = {
+        "network.features": (8, 16),
+        "optimizer.num_steps": 90,
+        "optimizer.learning_rate": 0.01,
+        "augmentation.preset": "none",
+        "validation.num_rounds": 1,
+    }
+    plan = tiny_plan(data, cache, changes)
+    began = time.process_time()
+    outcome = train(plan, data, tmp_path / "run", cache=cache)
+    assert time.process_time() - began < 30
+    steps = logged(tmp_path / "run")
+    assert sum(s["loss"] for s in steps[-10:]) < 0.5 * sum(s["loss"] for s in steps[:10])
+    assert outcome.best_mean_dice is not None
+    assert outcome.best_mean_dice > 0.8, "on a box of the crop that it never learnt from"
+
+
+def test_one_step_function_takes_a_batch_through_everything(place: tuple[Path, Path]) -> None:
+    plan = tiny_plan(*place, {"augmentation.preset": "none"})
+    step = make_step(plan, "cpu", num_steps=30)
+    batch = next(iter(batches(plan, place[0], cache=place[1])))
+    results = [step(batch) for _ in range(30)]
+    assert results[-1].loss < results[0].loss
+    assert all(math.isfinite(r.loss) and r.gradient_norm > 0 and not r.skipped for r in results)
+
+
+# ---- it repeats itself --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def straight(place: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
+    """Return (plan, run) of a run that nothing interrupted."""
+    plan = tiny_plan(*place, {"augmentation.preset": "sstem", "accumulate_batches": 2, "sampling.crops_per_step": 4})
+    run = tmp_path_factory.mktemp("straight") / "run"
+    outcome = train(plan, place[0], run, cache=place[1])
+    assert (outcome.step, outcome.num_steps, outcome.stopped_by) == (8, 8, None)
+    return plan, run
+
+
+def test_two_runs_of_one_plan_have_the_same_bits(
+    straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan, run = straight
+    torch.manual_seed(99)
+    train(plan, place[0], tmp_path / "again", cache=place[1])
+    assert_same_bits(everything(tmp_path / "again"), everything(run))
+    assert_same_bits(everything(tmp_path / "again", "best"), everything(run, "best"))
+    assert logged(tmp_path / "again") == logged(run)
+    other = msgspec.structs.replace(plan, seed=1)
+    train(other, place[0], tmp_path / "other", cache=place[1])
+    assert logged(tmp_path / "other") != logged(run)
+
+
+@pytest.mark.parametrize("stops", [(1,), (4,), (7,), (2, 3, 5)], ids=str)
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(
+    straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    plan, run = straight
+    resumed = tmp_path / "resumed"
+    for at in stops:
+        outcome = train(plan, place[0], resumed, cache=place[1], observer=StopAt(at))
+        assert (outcome.step, outcome.stopped_by) == (at, "SIGTERM")
+        torch.rand(at)  # the generators of a new process are elsewhere
+    last = StopAt(0)
+    outcome = train(plan, place[0], resumed, cache=place[1], observer=last)
+    assert last.steps == list(range(stops[-1] + 1, 9)), "no step is done twice"
+    assert outcome.stopped_by is None
+    assert_same_bits(everything(resumed), everything(run))
+    assert_same_bits(everything(resumed, "best"), everything(run, "best"))
+    lines = logged(resumed)
+    assert [line["step"] for line in lines] == list(range(1, 9)), "every step stands in the log once"
+    assert lines == logged(run)
+    headers = [checkpoint.verify(folder / "checkpoints/last") for folder in (resumed, run)]
+    assert msgspec.structs.replace(headers[0], sha256={}) == msgspec.structs.replace(headers[1], sha256={})
+
+
+def test_steps_after_the_last_checkpoint_are_dropped_from_the_log_and_done_again(
+    straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A kill between checkpoints leaves lines, maybe half a line, of steps that are not in any checkpoint."""
+    plan, run = straight
+    resumed = tmp_path / "resumed"
+    train(plan, place[0], resumed, cache=place[1], observer=StopAt(3))
+    with (resumed / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "loss": 77.0}\n{"step": 5, "lo')
+    train(plan, place[0], resumed, cache=place[1])
+    assert logged(resumed) == logged(run)
+    assert_same_bits(everything(resumed), everything(run))
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(
+    straight: tuple[Plan, Path], place: tuple[Path, Path]
+) -> None:
+    plan, run = straight
+    before = everything(run), logged(run), (run / "plan.json").read_bytes()
+    watch = StopAt(0)
+    assert train(plan, place[0], run, cache=place[1], observer=watch).step == 8
+    assert watch.steps == []
+    assert logged(run) == before[1]
+    assert_same_bits(everything(run), before[0])
+    assert (run / "plan.json").read_bytes() == before[2]
+
+
+def test_a_damaged_last_checkpoint_costs_only_the_steps_since_the_one_before(
+    straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan, run = straight
+    resumed = tmp_path / "resumed"
+    for at in (3, 5):
+        train(plan, place[0], resumed, cache=place[1], observer=StopAt(at))
+    (resumed / "checkpoints/last" / checkpoint.STATE).write_bytes(b"torn")
+    watch = StopAt(0)
+    train(plan, place[0], resumed, cache=place[1], observer=watch)
+    assert watch.steps[0] == 5, "step 4 validated and is in `previous`"
+    assert_same_bits(everything(resumed), everything(run))
+
+
+# ---- it can be stopped --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_training_saves_and_exits_with_143(
+    place: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    save(tiny_plan(*place, {"optimizer.num_steps": 10**6}), tmp_path / "plan.json")
+    run = tmp_path / "run"
+    command = ["train", "--plan", tmp_path / "plan.json", "--data", place[0], "--run", run, "--cache", place[1]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "autoseg.cli", *map(str, command), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while "steps of" not in _so_far(child):
+            assert time.monotonic() < deadline
+        time.sleep(0.3)
+        child.send_signal(number)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 143, err
+    report = json.loads(out)
+    assert report["stopped_by"] == number.name
+    assert checkpoint.verify(run / "checkpoints/last").step == report["step"] == logged(run)[-1]["step"] > 0
+    assert f"stopped by {number.name} at step {report['step']}" in " ".join(err.split())
+    assert "the same command goes on" in " ".join(err.split())
+
+
+def _so_far(child: subprocess.Popen[str]) -> str:
+    assert child.stderr is not None
+    line = child.stderr.readline()
+    assert line or child.poll() is None, "the training ended by itself"
+    return line
+
+
+# ---- the learning rate --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["warmup_cosine", "one_cycle", "poly", "constant"])
+@pytest.mark.parametrize(("num_steps", "warmup"), [(1, 0.05), (2, 0.5), (7, 0.05), (100, 0.05), (1000, 0.3), (9, 0.99)])
+def test_the_peak_rate_is_reached_and_the_end_is_near_zero(kind: str, num_steps: int, warmup: float) -> None:
+    schedule = Schedule(kind=kind, warmup_fraction=warmup)  # type: ignore[arg-type]
+    rates = [rate_factor(schedule, step, num_steps) for step in range(num_steps)]
+    assert max(rates) == 1.0
+    assert min(rates) > 0, "no step is wasted"
+    top = rates.index(1.0)
+    assert rates[:top] == sorted(rates[:top])
+    assert all(a >= b for a, b in itertools.pairwise(rates[top:]))
+    assert top == min(num_steps - 1, round(warmup * num_steps))
+    if kind == "constant":
+        assert rates[-1] == 1.0
+    elif num_steps >= 100:
+        assert rates[-1] < 0.02
+
+
+def test_the_rate_that_is_logged_is_the_one_of_the_schedule(straight: tuple[Plan, Path]) -> None:
+    plan, run = straight
+    expected = [plan.optimizer.learning_rate * rate_factor(plan.schedule, step, 8) for step in range(8)]
+    assert [line["learning_rate"] for line in logged(run)] == pytest.approx(expected)
+
+
+# ---- what the plan leaves open, and what goes wrong ---------------------------------------------------------
+
+
+def test_a_budget_becomes_a_number_of_steps_once(place: tuple[Path, Path], tmp_path: Path) -> None:
+    plan = tiny_plan(*place, {"optimizer.num_steps": None, "budget_s": 2.0})
+    run = tmp_path / "run"
+    first = train(plan, place[0], run, cache=place[1], observer=StopAt(2))
+    (event,) = [e for e in read_json_lines(run / "adaptations.jsonl") if e["event"] == "num_steps"]
+    assert first.num_steps == event["num_steps"] > 2
+    assert event["step_s"] > 0
+    # a slower machine must not change what was fixed
+    second = train(plan, place[0], run, cache=place[1], observer=StopAt(4))
+    assert second.num_steps == first.num_steps
+    assert len(read_json_lines(run / "adaptations.jsonl")) == 1
+
+
+def test_a_run_folder_of_another_plan_is_refused_and_left_alone(
+    straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan, run = straight
+    other = msgspec.structs.replace(plan, seed=5)
+    before = (run / "plan.json").read_bytes(), everything(run)
+    with pytest.raises(PlanError, match="holds a run of another plan"):
+        train(other, place[0], run, cache=place[1])
+    assert (run / "plan.json").read_bytes() == before[0]
+    assert_same_bits(everything(run), before[1])
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "cat.png").write_bytes(b"meow")
+    with pytest.raises(PlanError, match="is not empty and holds no run"):
+        train(plan, place[0], foreign, cache=place[1])
+    assert [p.name for p in foreign.iterdir()] == ["cat.png"]
+
+
+def test_a_checkpoint_of_another_plan_inside_a_run_is_refused(
+    straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan, run = straight
+    other = tmp_path / "other"
+    save(msgspec.structs.replace(plan, seed=5), other / "plan.json")
+    (other / "checkpoints").symlink_to(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="belongs to another plan"):
+        train(load_as(other / "plan.json", Plan), place[0], other, cache=place[1])
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
+    place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan = tiny_plan(*place)
+    for device, message in (("quantum", "is not a device"), ("meta", "is not supported")):
+        with pytest.raises(PlanError, match=message):
+            train(plan, place[0], tmp_path / "run", device=device, cache=place[1])
+    if not torch.cuda.is_available():
+        with pytest.raises(PlanError, match="there is none here"):
+            train(plan, place[0], tmp_path / "run", device="cuda", cache=place[1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_without_finite_gradients_is_skipped_counted_and_leaves_no_trace(
+    place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = tiny_plan(*place)
+    learner = Learner(plan, 8, torch.device("cpu"))
+    batch = next(iter(batches(plan, place[0], cache=place[1])))
+    learner.step(0, batch)
+    before = {k: v.clone() for k, v in learner.state().items()} | {k: v.clone() for k, v in learner.averaged.items()}
+    image = batch.image_BCZYX.clone()
+    image[0, 0, 0, 0, 0] = math.nan
+    result = learner.step(1, batch._replace(image_BCZYX=image))
+    assert result.skipped
+    assert_same_bits(learner.state() | learner.averaged, before)
+    assert not learner.step(2, batch).skipped
+
+    genuine = loop.batches
+
+    def poisoned(*args: Any, **rest: Any) -> Any:
+        for step, item in enumerate(genuine(*args, **rest)):
+            yield item._replace(image_BCZYX=item.image_BCZYX * math.nan) if step in (2, 3) else item
+
+    monkeypatch.setattr(loop, "batches", poisoned)
+    outcome = train(plan, place[0], tmp_path / "run", cache=place[1])
+    lines = logged(tmp_path / "run")
+    assert [line["step"] for line in lines if line.get("skipped")] == [3, 4]
+    assert [line["loss"] is None for line in lines] == [False, False, True, True, False, False, False, False]
+    assert outcome.mean_dice is not None
+    assert all(torch.isfinite(v).all() for v in everything(tmp_path / "run").values())
+
+
+def test_a_run_that_only_skips_stops_with_advice(
+    place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    genuine = loop.batches
+
+    def poisoned(*args: Any, **rest: Any) -> Any:
+        for item in genuine(*args, **rest):
+            yield item._replace(image_BCZYX=item.image_BCZYX * math.nan)
+
+    monkeypatch.setattr(loop, "batches", poisoned)
+    plan = tiny_plan(*place, {"optimizer.num_steps": 40})
+    with pytest.raises(PlanError, match=r"20 steps in a row without finite gradients .*learning_rate"):
+        train(plan, place[0], tmp_path / "run", cache=place[1])
+
+
+def test_accumulated_micro_batches_are_one_step_of_the_whole_batch(place: tuple[Path, Path]) -> None:
+    """Without batch statistics and with a loss that is a mean over patches the gradients are the same."""
+    changes = {"network.norm": "group", "loss.kind": "bce", "augmentation.preset": "none", "sampling.crops_per_step": 4}
+    data = place[0]
+    together = tiny_plan(data, place[1], changes | {"batch_size": 4, "accumulate_batches": 1})
+    apart = tiny_plan(data, place[1], changes | {"batch_size": 1, "accumulate_batches": 4})
+    batch = next(iter(batches(together, data, cache=place[1])))
+    table = torch.where(batch.states_CK == 2, 0, batch.states_CK)  # all known: equal weights for every patch
+    batch = batch._replace(states_CK=table.to(torch.uint8))
+    one, four = (Learner(plan, 8, torch.device("cpu")) for plan in (together, apart))
+    a, b = one.step(0, batch), four.step(0, batch)
+    assert b.loss == pytest.approx(a.loss, rel=1e-5)
+    assert b.gradient_norm == pytest.approx(a.gradient_norm, rel=1e-4)
+
+
+# ---- other data than the plan's -----------------------------------------------------------------------------
+
+
+def test_other_data_gets_a_split_of_its_own_which_is_recorded_once(
+    place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = make_dataset(tmp_path / "other", seed=5, shape=(3, 64, 64), crops=3)
+    plan, warnings = tiny_plan(*place), list[str]()
+    run = tmp_path / "run"
+    train_on(plan, other, run, cache=place[1], warn=warnings.append)
+    derived = split_of(run)
+    assert {r.crop for r in derived.train} == {"demo/crop1", "demo/crop2", "demo/crop3"}
+    assert derived != plan.split
+    assert load_as(run / "plan.json", Plan) == plan, "the plan never changes"
+    assert data_of(run) == other.resolve()
+    assert any("fingerprint differs" in text for text in warnings)
+    assert sum("split" in text for text in warnings) == 1
+    events = [e["event"] for e in read_json_lines(run / "adaptations.jsonl")]
+    train_on(plan, other, run, cache=place[1])
+    assert [e["event"] for e in read_json_lines(run / "adaptations.jsonl")] == events == ["split", "data"]
+
+
+def test_the_data_of_the_plan_moves_without_a_warning(place: tuple[Path, Path], tmp_path: Path) -> None:
+    plan, warnings = tiny_plan(*place), list[str]()
+    moved = tmp_path / "moved"
+    moved.symlink_to(place[0])
+    train_on(plan, moved, tmp_path / "run", cache=place[1], warn=warnings.append)
+    assert warnings == []
+    assert split_of(tmp_path / "run") == plan.split
+
+
+def test_data_that_lacks_a_class_of_the_plan_is_refused(place: tuple[Path, Path], tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "other", classes=("mito", "er_mem"))
+    with pytest.raises(PlanError, match="does not annotate pm"):
+        train_on(tiny_plan(*place), other, tmp_path / "run", cache=place[1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_data_it_began_with_and_no_other(place: tuple[Path, Path], tmp_path: Path) -> None:
+    """Else a score on the second data would be one on voxels that were learnt, and nobody would know."""
+    plan, run = tiny_plan(*place), tmp_path / "run"
+    train_on(plan, place[0], run, cache=place[1], observer=StopAt(3))
+    other = make_dataset(tmp_path / "other", seed=5, shape=(4, 64, 64))
+    before = everything(run)
+    with pytest.raises(PlanError, match=r"began with other data .*another --run"):
+        train_on(plan, other, run, cache=place[1])
+    assert_same_bits(everything(run), before)
+    assert load_as(run / "fingerprint.json", type(fingerprint(place[0], place[1]))) == fingerprint(*place)
+
+
+def test_validation_counts_the_same_voxels_every_time(straight: tuple[Plan, Path], place: tuple[Path, Path]) -> None:
+    from autoseg.data.dataset import open_dataset
+    from autoseg.train.validation import Validator
+
+    plan, _ = straight
+    validator = Validator(plan, open_dataset(place[0]), place[1], 2**24)
+    learner = Learner(plan, 8, torch.device("cpu"))
+    scores = [validator.score(learner.averaged_network(), torch.device("cpu")) for _ in range(2)]
+    assert scores[0] == scores[1]
+    (region,) = plan.split.validate
+    assert validator.num_voxels == region.box((4, 64, 64)).num_voxels > 0
+    assert set(scores[0].dice) == set(plan.class_names)
+
+
+def test_the_gradient_scale_of_fp16_halves_on_overflow_and_grows_again(place: tuple[Path, Path]) -> None:
+    """A plan for the CPU is never fp16, so the scaler is switched on by hand."""
+    plan, cpu = tiny_plan(*place), torch.device("cpu")
+    batch = next(iter(batches(plan, place[0], cache=place[1])))
+
+    class Enabled(Learner):
+        def __init__(self) -> None:
+            super().__init__(plan, 8, cpu)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2, enabled=True)
+
+    learner = Enabled()
+    image = torch.full_like(batch.image_BCZYX, math.inf)
+    assert learner.step(0, batch._replace(image_BCZYX=image)).skipped
+    assert learner.scaler.get_scale() == 32, "a skipped step halves the scale"
+    assert [learner.step(step, batch).skipped for step in (1, 2)] == [False, False]
+    assert learner.scaler.get_scale() == 64, "two good steps double it"
