@@ -1,3 +1,41 @@
-"""autoseg looks at labelled volume EM and at your machine, and decides, trains, predicts and scores."""
+"""autoseg looks at labelled volume EM and at your machine, and decides, trains, predicts and scores.
+
+The house, floors from top to bottom; a module imports only from floors below, the verbs never import each other::
+
+    autoseg/
+    ├── cli.py             THE DOOR: parse; nothing heavy is imported before a command runs
+    ├── commands.py        options → a call → text or JSON
+    ├── recipes/           SEVERAL VERBS IN A ROW
+    │                      training.py (plan + DATA → RUN) · validate.py (predict + score) · demo.py · dev_run.py
+    │
+    ├── plan/              WHAT TO DO
+    │                      fingerprint.py · hardware.py · planner.py (the order of the rules) · draft.py
+    │                      rules_data.py · rules_network.py · rules_training.py (value, because, source)
+    ├── train/             DOING IT
+    │                      patches.py (batch of step s) · augment.py · loader.py · step.py · schedule.py
+    │                      validation.py · budget.py · loop.py · journal.py · signals.py
+    ├── predict/           USING IT
+    │                      volumes.py (what) · blocks.py (how) · decode.py · export.py (TIFF, HDF5)
+    ├── evaluate/          HOW GOOD IT IS
+    │                      scores.py
+    ├── report/            SHOWING IT
+    │                      terminal.py · page.py: artifacts.py results.py training.py decisions.py sections.py
+    │                      panels.py figures.py html.py style.py palette.py png.py
+    │
+    ├── model/             THE MACHINE
+    │                      networks.py · losses.py · windows.py (inference) · memory.py (traced bytes) · checkpoint.py
+    ├── metrics/           COUNTING
+    │                      overlap.py (numpy in, counts out; no torch)
+    ├── data/              WHAT THERE IS
+    │                      dataset.py (the layout) · classes.py (three-valued logic) · codes.py (label codes)
+    │                      em.py · resample.py · split.py · convert.py, writer.py (import) · synthetic.py
+    │                      store/ (the only door to zarr): engine.py metadata.py reading.py pyramid.py
+    │                      formats/ (the only door to TIFF, HDF5, ...): volume.py readers.py writers.py pairing.py
+    │
+    ├── schema/            every artifact as a frozen record
+    │                      records.py · files.py · checks.py · events.py
+    ├── geometry.py        boxes, grids, tiles; lengths in nm
+    └── errors.py          DataError, PlanError, CheckpointError
+"""
 
 __version__ = "0.1.0"

@@ -159,10 +159,10 @@ def test_padding_does_not_count_but_a_few_black_voxels_do(tmp_path: Path) -> Non
     few[0, 0, :9] = 0
     assert measure_intensity(array_of(write_em(tmp_path / "few", few)))[0].minimum == 0
     padded = grey.copy()
-    padded[:, :8] = 0
+    padded[:, :4] = 0  # half of each chunk: a chunk of zeros alone might not be stored
     found, _ = measure_intensity(array_of(write_em(tmp_path / "padded", padded)))
     assert found.minimum >= 1
-    assert found.mean == pytest.approx(grey[:, 8:].mean())
+    assert found.mean == pytest.approx(grey[:, 4:].mean())
 
 
 def test_a_large_volume_is_sampled_the_same_way_every_time(tmp_path: Path) -> None:

@@ -20,9 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-
-from autoseg.data.formats import Volume, expand_globs, open_volume, write_hdf5, write_tiff
-from autoseg.data.formats import readers, writers
+from autoseg.data.formats import Volume, expand_globs, open_volume, readers, write_hdf5, write_tiff, writers
 from autoseg.errors import DataError
 
 SHAPE = (5, 7, 11)

@@ -283,7 +283,7 @@ def test_a_budget_becomes_a_number_of_steps_once(place: tuple[Path, Path], tmp_p
     plan = tiny_plan(*place, {"optimizer.num_steps": None, "budget_s": 2.0})
     run = tmp_path / "run"
     first = train(plan, place[0], run, cache=place[1], observer=StopAt(2))
-    (event,) = [e for e in read_json_lines(run / "adaptations.jsonl") if e["event"] == "num_steps"]
+    (event,) = [e for e in read_json_lines(run / "adaptations.jsonl") if "num_steps" in e]
     assert first.num_steps == event["num_steps"] > 2
     assert event["step_s"] > 0
     # a slower machine must not change what was fixed
@@ -410,7 +410,7 @@ def test_other_data_gets_a_split_of_its_own_which_is_recorded_once(
     assert load_as(run / "plan.json", Plan) == plan, "the plan never changes"
     assert data_of(run) == other.resolve()
     assert any("fingerprint differs" in text for text in warnings)
-    assert sum("split" in text for text in warnings) == 1
+    assert sum("was derived again" in text for text in warnings) == 1
     events = [e["event"] for e in read_json_lines(run / "adaptations.jsonl")]
     train_on(plan, other, run, cache=place[1])
     assert [e["event"] for e in read_json_lines(run / "adaptations.jsonl")] == events == ["split", "data"]

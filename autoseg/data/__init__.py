@@ -1,0 +1,1 @@
+"""WHAT THERE IS: volumes, crops, classes and label codes, read in place."""

@@ -1,0 +1,1 @@
+"""COUNTING: numpy in, counts out."""

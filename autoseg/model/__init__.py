@@ -1,0 +1,1 @@
+"""THE MACHINE: networks, losses, inference windows, memory and checkpoints."""

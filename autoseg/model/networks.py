@@ -122,7 +122,7 @@ def _norm(norm: str, channels: int) -> tuple[str, dict[str, object]]:
 
 def _plain_block(dims: int, before: int, width: int, kernel: Sequence[int], norm: str) -> nn.Module:
     def conv(channels: int) -> nn.Module:
-        return Convolution(
+        layers: nn.Module = Convolution(
             dims,
             channels,
             width,
@@ -132,6 +132,7 @@ def _plain_block(dims: int, before: int, width: int, kernel: Sequence[int], norm
             norm=_norm(norm, width),
             bias=False,
         )
+        return layers
 
     return nn.Sequential(conv(before), conv(width))
 

@@ -84,7 +84,7 @@ def _conv_gflops(device: torch.device, dtype: torch.dtype) -> float:
     flops = 3 * 2 * 9 * 32 * 32 * 8 * 128 * 128
 
     def once() -> None:
-        torch.nn.functional.conv2d(image, weight, padding=1).backward(gradient)
+        torch.nn.functional.conv2d(image, weight, padding=1).backward(gradient)  # type: ignore[no-untyped-call]
         if device.type == "cuda":
             torch.cuda.synchronize()
 

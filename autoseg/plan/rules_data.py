@@ -89,25 +89,33 @@ def choose_voxel_size(draft: Draft) -> Choice:
 
 def choose_dimensions(draft: Draft) -> Choice:
     """Return "2d", "2.5d" or "3d" by anisotropy, depth and accelerator; not a field, others follow from it."""
+    asked = _dimensions_asked(draft)
+    if asked:
+        return asked
     z, y, x = draft["voxel_size_nm"]
     depth = _median_extent(draft)[0]
     anisotropy = z / min(y, x)
-    forced = draft.settings.get("patch_size_zyx")
-    if forced:
-        return Choice("3d" if forced[0] > 1 else "2d", "follows patch_size_zyx", "user")
-    if draft.settings.get("input_slices", 1) > 1:
-        return Choice("2.5d", "follows input_slices", "user")
-    if draft.settings.get("network.kind") == "rsunet" and depth >= 4:
-        return Choice("3d", "follows network.kind", "user")
     if depth < SLICES_2_5D:
         return Choice("2d", f"crops are {depth} sections deep, fewer than {SLICES_2_5D}", "geometry")
-    if draft["device"] == "cpu":
-        because = "no GPU: neighbouring sections as channels cost nothing, 3D steps many times more"
+    if draft["device"] == "cpu" or "patch_size_zyx" in draft.settings:
+        because = "flat patches: neighbouring sections as channels cost nothing, 3D steps many times more"
         return Choice("2.5d", because, "measured on VNC, CPU")
     if anisotropy >= ANISOTROPY_OF_SECTIONS:
         because = f"sections are {anisotropy:.1f} times coarser than in plane (at least {ANISOTROPY_OF_SECTIONS:g})"
-        return Choice("3d" if depth >= 8 else "2.5d", because, "Lee et al. 2017; nnU-Net's threshold")
+        return Choice("3d" if depth >= 2 * SLICES_2_5D else "2.5d", because, "Lee et al. 2017; nnU-Net's threshold")
     return Choice("3d", f"near-isotropic voxels ({anisotropy:.1f}) and a GPU", "nnU-Net: 3D where it fits")
+
+
+def _dimensions_asked(draft: Draft) -> Choice | None:
+    """Return what the user's other settings ask for, None if they leave it open."""
+    settings = draft.settings
+    if settings.get("patch_size_zyx", (1,))[0] > 1:
+        return Choice("3d", "follows patch_size_zyx", "user")
+    if "input_slices" in settings:
+        return Choice("2.5d" if settings["input_slices"] > 1 else "2d", "follows input_slices", "user")
+    if settings.get("network.kind") == "rsunet" and "patch_size_zyx" not in settings and _median_extent(draft)[0] >= 4:
+        return Choice("3d", "follows network.kind", "user")
+    return None
 
 
 def choose_patch_size(draft: Draft) -> Choice:

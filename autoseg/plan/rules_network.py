@@ -168,7 +168,7 @@ def choose_batch_size(draft: Draft) -> Choice:
     if need > room:
         raise PlanError(
             "batch_size",
-            f"one patch of {list(draft['patch_size_zyx'])} needs {need / GIB:.1f} GiB, {room / GIB:.1f} GiB may be used",
+            f"one patch of {list(draft['patch_size_zyx'])} needs {need / GIB:.1f} GiB of {room / GIB:.1f} GiB",
             "--set patch_size_zyx to half of it",
         )
     because = f"{need / GIB:.2f} GiB of the {room / GIB:.1f} GiB of {name} that may be used"

@@ -27,7 +27,7 @@ from autoseg.model.networks import build_network
 from autoseg.model.windows import Predictor
 from autoseg.predict.decode import to_labels
 from autoseg.predict.volumes import Region
-from autoseg.schema import Plan, load_as
+from autoseg.schema import Plan, load_as, write_atomically
 
 CACHE_BYTES = 256 * 2**20
 LEDGER = ".autoseg"
@@ -58,13 +58,21 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     header = checkpoint.verify(folder)
     network = build_network(plan)
     checkpoint.load_weights(network, folder / checkpoint.WEIGHTS)
-    cuda = torch.cuda.is_available() and device in ("auto", "cuda")
-    target = torch.device("cuda" if cuda else "cpu")
+    target = _device(device)
     torch.set_num_threads(plan.num_threads if plan.device == "cpu" else torch.get_num_threads())
     layout = torch.channels_last if plan.patch_size_zyx[0] == 1 else torch.contiguous_format
     network = network.to(target, memory_format=layout).eval()  # type: ignore[call-overload]
     identity = hashlib.sha256(f"{header.plan_sha256} {sorted(header.sha256.items())}".encode()).hexdigest()
     return Trained(Predictor(network, plan, target), f"{which} (step {header.step})", identity)
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of that name; auto is the GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise CheckpointError(f"--device {name}", "is not a device that predicts", "use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("--device cuda", "there is no GPU here", "use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def predict_regions(
@@ -78,6 +86,7 @@ def predict_regions(
     """Write the labels of every region into the zarr `out`; what its ledger lists is not done again."""
     _claim(trained, out, probabilities)
     for region in regions:
+        _claim_region(out, region)
         writer = _RegionWriter(trained, region, out / region.name, probabilities)
         done = _done_blocks(out, region.name)
         todo = list(writer.blocks())
@@ -188,8 +197,19 @@ def _claim(trained: Trained, out: Path, probabilities: bool) -> None:
         return
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(out, "exists and is not a prediction of autoseg", "choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(identity))
+    write_atomically(path, json.dumps(identity).encode())
+
+
+def _claim_region(out: Path, region: Region) -> None:
+    """Mark which voxels of which EM a region is; refuse others, whose blocks the ledger would call done."""
+    path = out / LEDGER / f"region-{hashlib.sha256(region.name.encode()).hexdigest()[:16]}.json"
+    written = os.stat(region.em / ".zattrs").st_mtime_ns if (region.em / ".zattrs").exists() else 0
+    identity = json.dumps({"em": str(region.em.resolve()), "written": written, "grid": region.grid})
+    if not path.is_file():
+        write_atomically(path, identity.encode())
+    elif path.read_text() != identity:
+        what = f"{region.name or 'its volume'} was begun from other EM or for another box"
+        raise CheckpointError(out, what, "choose another --out")
 
 
 def _done_blocks(out: Path, region: str) -> set[str]:

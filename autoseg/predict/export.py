@@ -33,7 +33,7 @@ def export_labels(zarr: Path, grid: Grid, plan: Plan, out: Path, *, probabilitie
             write_tiff(companion, grid.shape_zyx, np.uint8, slabs, grid.voxel_size_nm)
         return
     keys = ["labels", *names, *((f"{name}_probability" for name in names) if probabilities else ())]
-    dtypes: dict[str, Any] = {key: np.uint8 for key in keys}
+    dtypes: dict[str, Any] = dict.fromkeys(keys, np.uint8)
     write_hdf5(out, grid.shape_zyx, dtypes, _keyed(zarr, grid, plan, probabilities), grid.voxel_size_nm)
 
 

@@ -1,0 +1,1 @@
+"""SEVERAL VERBS IN A ROW: what needs more than one of them."""

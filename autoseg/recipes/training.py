@@ -42,7 +42,7 @@ def train_on(
 
 
 def _remember(run: Path, data: Path, facts: Fingerprint, split: Split | None) -> None:
-    """Write down, once, which DATA a run learns from, and the split if it is not the plan's; refuse other DATA later."""
+    """Write down, once, which DATA a run learns from, and its split if not the plan's; refuse other DATA later."""
     before = run / "fingerprint.json"
     if before.exists():
         if sha256(load_as(before, Fingerprint)) != sha256(facts):

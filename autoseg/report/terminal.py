@@ -55,10 +55,9 @@ def field_value(plan: Plan, field: str) -> Any:
 
 def short_value(value: Any) -> str:
     """Return a value in few characters."""
-    if isinstance(value, tuple) and value and hasattr(value[0], "name"):
-        return f"{len(value)}: " + " ".join(str(entry.name) for entry in value)
     if isinstance(value, tuple):
-        return " ".join(short_value(item) for item in value) if value else "none"
+        named = f"{len(value)}: " if value and hasattr(value[0], "name") else ""
+        return named + " ".join(str(getattr(item, "name", short_value(item))) for item in value) if value else "none"
     if isinstance(value, dict):
         different = set(value.values())
         if len(different) == 1:
@@ -66,9 +65,10 @@ def short_value(value: Any) -> str:
         return " ".join(f"{key}={item:g}" for key, item in value.items())
     if hasattr(value, "train"):
         return f"{len(value.train)} train, {len(value.validate)} validate"
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 2**20:
-        return f"{value / 2**30:.2f} GiB"
-    return f"{value:.4g}" if isinstance(value, float) else MISSING if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    is_bytes = isinstance(value, int) and value >= 2**20
+    return f"{value / 2**30:.2f} GiB" if is_bytes else MISSING if value is None else str(value)
 
 
 def fingerprint_table(facts: Fingerprint) -> Table:

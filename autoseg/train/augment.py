@@ -73,7 +73,7 @@ def augment(
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    numpy_state, python_state = np.random.get_state(), random.getstate()
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002 - the library draws from it
     random.seed(seed)
     try:
@@ -124,7 +124,8 @@ def _elastic_alpha(plan: Augmentation, dims: int) -> float:
 
     It smooths uniform noise of variance 1/3 by a Gaussian, which leaves 1 / (2 sqrt(pi) sigma) of the sd per axis.
     """
-    return plan.elastic_magnitude * math.sqrt(3) * (2 * math.sqrt(math.pi) * plan.elastic_sigma) ** (dims / 2)
+    spread = math.pow(2 * math.sqrt(math.pi) * plan.elastic_sigma, dims / 2)
+    return plan.elastic_magnitude * math.sqrt(3) * spread
 
 
 def _mirror(image_CZYX: Image, codes_ZYX: Codes, plan: Augmentation) -> tuple[Image, Codes]:
@@ -132,7 +133,7 @@ def _mirror(image_CZYX: Image, codes_ZYX: Codes, plan: Augmentation) -> tuple[Im
         flipped = [axis for axis in (-3, -2, -1) if np.random.random() < 0.5]  # noqa: NPY002
         if -3 in flipped and image_CZYX.shape[0] > 1:
             image_CZYX = image_CZYX[::-1]  # 2.5D: the slices are the channels
-        axes = [axis for axis in flipped if axis != -3 or image_CZYX.shape[0] == 1]
+        axes = tuple(axis for axis in flipped if axis != -3 or image_CZYX.shape[0] == 1)
         image_CZYX, codes_ZYX = np.flip(image_CZYX, axes), np.flip(codes_ZYX, axes)
     if plan.right_angles and codes_ZYX.shape[1] == codes_ZYX.shape[2] and np.random.random() < 0.5:  # noqa: NPY002
         image_CZYX, codes_ZYX = np.swapaxes(image_CZYX, -1, -2), np.swapaxes(codes_ZYX, -1, -2)

@@ -23,7 +23,7 @@ class Journal:
         self._path = run / LOG
         _write_lines(self._path, keep)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run), purge_step=from_step + 1)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(run), purge_step=from_step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; its numbers go to TensorBoard, Dice by class under `dice/`."""
@@ -33,19 +33,19 @@ class Journal:
         for name, value in numbers.items():
             if value is None:
                 continue
-            self._board.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
+            self._board.add_scalar(name, value, line["step"])
 
     def flush(self) -> None:
         """Make what was written survive a kill."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._board.flush()  # type: ignore[no-untyped-call]
+        self._board.flush()
 
     def close(self) -> None:
         """Flush and close."""
         self.flush()
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def adapt(run: Path, event: Mapping[str, Any]) -> None:

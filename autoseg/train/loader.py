@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def batches(
 
 
 def _start_worker(_: int) -> None:
-    """One thread each: parallelism comes from the number of workers."""
+    """One thread each: parallelism comes from the number of workers. Ctrl-C is for the process that saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     random.seed(0)

@@ -97,7 +97,8 @@ class _Session:
         journal = Journal(self.run, self.header.step)
         observer.started(self.plan, self.length.num_steps, self.header.step)
         saved_at, skipped = time.monotonic(), 0
-        source = batches(self.plan, self.data, start_step=self.header.step, stop_step=self.length.num_steps, cache=self.cache)
+        steps = {"start_step": self.header.step, "stop_step": self.length.num_steps}
+        source = batches(self.plan, self.data, **steps, cache=self.cache)
         try:
             for step in range(self.header.step, self.length.num_steps):
                 before = time.perf_counter()
@@ -161,7 +162,7 @@ class _Session:
         checkpoint.save_checkpoint(folder, self.header, self.learner.averaged, self.learner.state(), best=best)
 
     def _initialize(self) -> None:
-        """Start from the weights that `plan.init` names, if it does; heads that do not fit stay random, and are named."""
+        """Start from the weights that `plan.init` names, if it does; heads that do not fit stay random."""
         if self.plan.init is None:
             return
         source = Path(self.plan.init)

@@ -29,7 +29,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=plan.optimizer.learning_rate, weight_decay=plan.optimizer.weight_decay
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
         self._loss = build_loss(plan)
 
     def step(self, step: int, batch: Batch) -> StepResult:
@@ -41,8 +41,8 @@ class Learner:
         statistics = [buffer.clone() for buffer in self.network.buffers()]
         total = 0.0
         table = CodeTable(batch.states_CK.to(self.device))
-        images = batch.image_BCZYX.split(self.plan.batch_size)
-        for image, codes in zip(images, batch.codes_BZYX.split(self.plan.batch_size), strict=True):
+        images = torch.split(batch.image_BCZYX, self.plan.batch_size)
+        for image, codes in zip(images, torch.split(batch.codes_BZYX, self.plan.batch_size), strict=True):
             loss = self._forward(image, codes, table) / len(images)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
