@@ -37,12 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AutosegError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return EXIT_USER
-    except KeyboardInterrupt:
-        print("autoseg: interrupted: run the same command to go on", file=sys.stderr)
-        return EXIT_STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:
+        what = error.strerror or str(error)
+        print(f"{error.filename or 'autoseg'}: {what}: check the path, its permissions and free space", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("autoseg: interrupted: run the same command to go on", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,7 +136,7 @@ def _import(commands: _Commands) -> None:
     parser.add_argument("--voxel-size-nm", required=True, nargs=3, metavar=("Z", "Y", "X"))
     parser.add_argument("--grid", nargs=3, type=int, default=[1, 1, 1], metavar=("NZ", "NY", "NX"), help="cells")
     parser.add_argument("--crops", metavar="N,N", help="cells to keep as crops, from 1 in raster order (default: all)")
-    parser.add_argument("--validate", default="", metavar="N,N", help="cells that validate; writes datasplit.csv")
+    parser.add_argument("--validate", default="", metavar="N,N", help="crops of this import, from 1, that validate; writes datasplit.csv")
 
 
 def _fingerprint(commands: _Commands) -> None:

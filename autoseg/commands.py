@@ -43,7 +43,7 @@ def run_import(options: argparse.Namespace) -> int:
         voxel_size_nm=(sizes[0], sizes[1], sizes[2]),
         labels=options.labels,
         values=_values(options.values),
-        instances=dict(_pair("--instances", text) for text in options.instances),
+        instances=_instances(options.instances),
         mask=options.mask,
         ignore_value=options.ignore_value,
         grid=(options.grid[0], options.grid[1], options.grid[2]),
@@ -323,6 +323,15 @@ def _pair(flag: str, text: str) -> tuple[str, str]:
     if not equals or not name or not value:
         raise DataError(flag, f"{text!r} is not NAME=VALUE", f"write {flag} mito=...")
     return name, value
+
+
+def _instances(texts: list[str]) -> dict[str, str]:
+    pairs = [_pair("--instances", text) for text in texts]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError("--instances", f"{name} is given twice", "give each class one file")
+    return dict(pairs)
 
 
 def _values(texts: list[str]) -> dict[str, tuple[int, ...]]:

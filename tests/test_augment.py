@@ -77,7 +77,9 @@ def assert_together(image_ZYX: NDArray[np.float32], codes_ZYX: NDArray[np.int32]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize(("patch", "channels"), [((1, 32, 32), 1), ((1, 32, 32), 5), ((4, 32, 24), 1), ((16, 16, 16), 1)])
+@pytest.mark.parametrize(
+    ("patch", "channels"), [((1, 32, 32), 1), ((1, 32, 32), 5), ((4, 32, 24), 1), ((16, 16, 16), 1)]
+)
 def test_image_and_codes_leave_as_a_patch_and_move_together(name: str, patch: VoxelsZYX, channels: int) -> None:
     plan = msgspec.structs.replace(SETS[name], **GREY)
     for seed in range(12):
@@ -89,11 +91,11 @@ def test_image_and_codes_leave_as_a_patch_and_move_together(name: str, patch: Vo
         assert_together(image[channels // 2], codes)
 
 
-@pytest.mark.parametrize("changes", [SPATIAL, {"rotation_probability": 1.0}, {"elastic_probability": 1.0}, {"scale_probability": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [SPATIAL, {"rotation_probability": 1.0}, {"elastic_probability": 1.0}, {"scale_probability": 1.0}]
+)
 @pytest.mark.parametrize(("patch", "isotropic"), [((1, 48, 48), False), ((4, 32, 32), False), ((16, 16, 16), True)])
-def test_every_warp_moves_image_and_codes_together(
-    changes: dict[str, Any], patch: VoxelsZYX, isotropic: bool
-) -> None:
+def test_every_warp_moves_image_and_codes_together(changes: dict[str, Any], patch: VoxelsZYX, isotropic: bool) -> None:
     plan = msgspec.structs.replace(SETS["none"], **(GREY | changes))
     moved_somewhere = 0
     for seed in range(6):

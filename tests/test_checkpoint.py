@@ -94,9 +94,7 @@ def test_what_is_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert checkpoint.verify(tmp_path / "last").step == 3
-    assert torch.equal(
-        checkpoint.load_tensors(tmp_path / "last" / checkpoint.STATE)["state"], torch.full((4, 3), 6.0)
-    )
+    assert torch.equal(checkpoint.load_tensors(tmp_path / "last" / checkpoint.STATE)["state"], torch.full((4, 3), 6.0))
 
 
 def test_last_previous_and_best_are_what_their_names_say(tmp_path: Path) -> None:
@@ -171,7 +169,7 @@ def test_a_damaged_header_is_refused_and_the_checkpoint_before_is_taken(tmp_path
     for step in (1, 2):
         save(tmp_path, step)
     (tmp_path / "last" / checkpoint.HEADER).write_bytes(header)
-    with pytest.raises(PlanError, match="header.json"):
+    with pytest.raises(PlanError, match=r"header\.json"):
         checkpoint.verify(tmp_path / "last")
     assert step_of(checkpoint.newest(tmp_path)) == 1
 

@@ -64,7 +64,9 @@ def test_counts_and_ratios_are_those_of_a_brute_force_loop(place: Path, tmp_path
         targets.append(Scored(crop, box, tmp_path / "out" / crop.name))
         for name, states in truth_of(place / "data", crop.name, place / "cache").items():
             tp = fp = fn = 0
-            for truth, mask in zip(states[box.slices].ravel().tolist(), masks[name][box.slices].ravel().tolist(), strict=True):
+            for truth, mask in zip(
+                states[box.slices].ravel().tolist(), masks[name][box.slices].ravel().tolist(), strict=True
+            ):
                 tp += truth == PRESENT and mask == 1
                 fp += truth == ABSENT and mask == 1
                 fn += truth == PRESENT and mask == 0
@@ -116,7 +118,9 @@ def test_a_class_with_nothing_to_measure_is_null_and_not_in_the_mean() -> None:
 
 
 def test_counts_are_pooled_over_crops_before_dividing() -> None:
-    rows = [ScoreRow(crop=f"a/crop{i}", class_="mito", tp=tp, fp=0, fn=fn) for i, (tp, fn) in enumerate([(90, 10), (0, 10)])]
+    rows = [
+        ScoreRow(crop=f"a/crop{i}", class_="mito", tp=tp, fp=0, fn=fn) for i, (tp, fn) in enumerate([(90, 10), (0, 10)])
+    ]
     assert summarize(rows, "m").per_class["mito"].dice == pytest.approx(180 / 200)
 
 

@@ -1,6 +1,5 @@
 """The door to people's files: what is written with a library comes back, and bad input is one DataError."""
 
-import gzip
 import itertools
 import logging
 import os
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoseg.data.formats import Volume, expand_globs, open_volume, readers, write_hdf5, write_tiff, writers
+from autoseg.data.formats import expand_globs, open_volume, readers, write_hdf5, write_tiff, writers
 from autoseg.errors import DataError
 
 SHAPE = (5, 7, 11)
@@ -38,91 +37,55 @@ def volume_of(shape: tuple[int, ...] = SHAPE, dtype: Any = np.uint8) -> NDArray[
     return rng.integers(0, high, shape).astype(dtype)
 
 
-def plain_tiff(folder: Path, array: NDArray[Any]) -> str:
-    tifffile.imwrite(folder / "a.tif", array, photometric="minisblack")
-    return str(folder / "a.tif")
+def saver(name: str, write: Callable[[Path, NDArray[Any]], object], spec: str = "") -> Save:
+    """Return a function that writes an array into a folder and gives what a user would type."""
+
+    def save(folder: Path, array: NDArray[Any]) -> str:
+        write(folder / name, array)
+        return str(folder / (spec or name))
+
+    save.__name__ = name
+    return save
 
 
-def paged_tiff(folder: Path, array: NDArray[Any]) -> str:
-    with tifffile.TiffWriter(folder / "a.tiff") as writer:
+def imwrite(name: str, **how: Any) -> Save:
+    return saver(name, lambda path, array: tifffile.imwrite(path, array, **({"photometric": "minisblack"} | how)))
+
+
+def write_pages(path: Path, array: NDArray[Any]) -> None:
+    with tifffile.TiffWriter(path) as writer:
         for plane in array:
             writer.write(plane, photometric="minisblack", contiguous=False, metadata=None)
-    return str(folder / "a.tiff")
 
 
-def big_endian_bigtiff(folder: Path, array: NDArray[Any]) -> str:
-    tifffile.imwrite(folder / "a.btf", array, photometric="minisblack", bigtiff=True, byteorder=">")
-    return str(folder / "a.btf")
-
-
-def tiled_tiff(folder: Path, array: NDArray[Any]) -> str:
-    tifffile.imwrite(
-        folder / "a.TIF", array, photometric="minisblack", tile=(16, 16), compression="lzw", predictor=True
-    )
-    return str(folder / "a.TIF")
-
-
-def ome_tiff(folder: Path, array: NDArray[Any]) -> str:
-    tifffile.imwrite(
-        folder / "a.ome.tif", array, photometric="minisblack", compression="zlib", metadata={"axes": "ZYX"}
-    )
-    return str(folder / "a.ome.tif")
-
-
-def imagej_tiff(folder: Path, array: NDArray[Any]) -> str:
-    tifffile.imwrite(folder / "ij.tif", array, imagej=True, metadata={"axes": "ZYX"})
-    return str(folder / "ij.tif")
-
-
-def imagej_first_page_only(folder: Path, array: NDArray[Any]) -> str:
-    tifffile.imwrite(folder / "ij.tif", array, imagej=True, truncate=True, metadata={"axes": "ZYX"})
-    return str(folder / "ij.tif")
-
-
-def hdf5(folder: Path, array: NDArray[Any]) -> str:
-    with h5py.File(folder / "a.h5", "w") as file:
-        file["volumes/raw"] = array
-    return str(folder / "a.h5:volumes/raw")
-
-
-def hdf5_without_key(folder: Path, array: NDArray[Any]) -> str:
-    with h5py.File(folder / "a.hdf5", "w") as file:
-        file.create_dataset("deep/main", data=array, chunks=True, compression="gzip")
+def write_h5(path: Path, array: NDArray[Any], key: str, **how: Any) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset(key, data=array, **how)
         file["table"] = np.arange(3)
-    return str(folder / "a.hdf5")
 
 
-def nifti(folder: Path, array: NDArray[Any]) -> str:
-    Nifti(array.T, np.eye(4), dtype=array.dtype).to_filename(folder / "a.nii")
-    return str(folder / "a.nii")
-
-
-def nifti_gz(folder: Path, array: NDArray[Any]) -> str:
-    Nifti(array.T, np.eye(4), dtype=array.dtype).to_filename(folder / "a.nii.gz")
-    return str(folder / "a.nii.gz")
-
-
-def npy(folder: Path, array: NDArray[Any]) -> str:
-    np.save(folder / "a.npy", array)
-    return str(folder / "a.npy")
-
-
-def npy_fortran(folder: Path, array: NDArray[Any]) -> str:
-    np.save(folder / "a.npy", np.asfortranarray(array))
-    return str(folder / "a.npy")
-
-
-def png_stack(folder: Path, array: NDArray[Any]) -> str:
+def write_slices(path: Path, array: NDArray[Any]) -> None:
     for z, plane in enumerate(array):
-        Image.fromarray(plane).save(folder / f"slice_{z + 8}.png")
-    return str(folder / "slice_*.png")
+        file = path.with_stem(f"slice_{z + 8}")
+        Image.fromarray(plane).save(file) if path.suffix == ".png" else tifffile.imwrite(file, plane)
 
 
-def tiff_stack(folder: Path, array: NDArray[Any]) -> str:
-    for z, plane in enumerate(array):
-        tifffile.imwrite(folder / f"slice_{z + 8}.tif", plane)
-    return str(folder / "slice_*.tif")
+def write_nifti(path: Path, array: NDArray[Any]) -> None:
+    Nifti(array.T, np.eye(4), dtype=array.dtype).to_filename(path)
 
+
+ZYX = {"axes": "ZYX"}
+plain_tiff, paged_tiff = imwrite("a.tif"), saver("a.tiff", write_pages)
+big_endian_bigtiff = imwrite("a.btf", bigtiff=True, byteorder=">")
+tiled_tiff = imwrite("a.TIF", tile=(16, 16), compression="lzw", predictor=True)
+ome_tiff = imwrite("a.ome.tif", compression="zlib", metadata=ZYX)
+imagej_tiff = imwrite("ij.tif", photometric=None, imagej=True, metadata=ZYX)
+imagej_first_page_only = imwrite("ij1.tif", photometric=None, imagej=True, truncate=True, metadata=ZYX)
+hdf5 = saver("a.h5", lambda path, array: write_h5(path, array, "volumes/raw"), "a.h5:volumes/raw")
+hdf5_without_key = saver("a.hdf5", lambda path, a: write_h5(path, a, "deep/main", chunks=True, compression="gzip"))
+nifti, nifti_gz = saver("a.nii", write_nifti), saver("a.nii.gz", write_nifti)
+npy, npy_fortran = saver("a.npy", np.save), saver("f.npy", lambda path, array: np.save(path, np.asfortranarray(array)))
+png_stack, tiff_stack = (saver(f"slice.{end}", write_slices, f"slice_*.{end}") for end in ("png", "tif"))
 
 ANY = ("bool", "uint8", "int16", ">u2", "uint32", "float32")
 CASES: list[tuple[Save, tuple[str, ...]]] = [
@@ -300,17 +263,6 @@ def test_a_path_with_brackets_is_a_file(tmp_path: Path) -> None:
         assert volume.shape_zyx == SHAPE
 
 
-@pytest.mark.skipif(os.name == "nt", reason="makes a file name that Windows reserves")
-def test_a_drive_letter_is_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    tifffile.imwrite("C:\\x.tif", volume_of((6, 9)))
-    with h5py.File("C:\\x.h5", "w") as file:
-        file["main"] = volume_of()
-    for spec, shape in (("C:\\x.tif", (1, 6, 9)), ("C:\\x.h5", SHAPE), ("C:\\x.h5:main", SHAPE)):
-        with open_volume(spec) as volume:
-            assert volume.shape_zyx == shape
-
-
 def hdf5_pairs(folder: Path, names: tuple[str, ...]) -> None:
     for name in names:
         with h5py.File(folder / f"{name}.h5", "w") as file:
@@ -370,10 +322,6 @@ def test_one_file_for_many_volumes_is_refused(tmp_path: Path) -> None:
     hdf5_pairs(tmp_path, ("vol0_im", "vol1_im", "ins"))
     with pytest.raises(DataError, match="one mito file for the several volumes"):
         expand_globs(f"{tmp_path}/vol*_im.h5", {"mito": f"{tmp_path}/ins.h5"})
-
-
-def test_without_a_glob_there_is_one_pair() -> None:
-    assert expand_globs("a.tif", {"mito": "lab/*.png"}) == [{"em": "a.tif", "mito": "lab/*.png", "match": ""}]
 
 
 @pytest.mark.parametrize("save", [png_stack, tiff_stack])
@@ -516,12 +464,6 @@ def test_channels_and_time_are_refused(tmp_path: Path) -> None:
         assert "one channel" in refused(save(tmp_path, array), "has shape").remedy
 
 
-def test_time_alone_counts_as_z(tmp_path: Path) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", volume_of(), imagej=True, metadata={"axes": "TYX"})
-    with open_volume(tmp_path / "a.tif") as volume:
-        assert volume.shape_zyx == SHAPE
-
-
 def test_a_slice_of_a_multi_file_ome_set_stands_for_itself(tmp_path: Path) -> None:
     array = volume_of((3, 7, 11))
     blocks = "".join(
@@ -652,14 +594,6 @@ def test_planes_that_are_not_there_are_a_bug(tmp_path: Path, ends: tuple[int, in
         volume.read(*ends)
 
 
-def test_a_closed_volume_is_a_bug_to_read(tmp_path: Path) -> None:
-    volume: Volume = open_volume(npy(tmp_path, volume_of()))
-    volume.close()
-    volume.close()
-    with pytest.raises(ValueError, match="no planes"):
-        volume.read(0, 1)
-
-
 def test_nothing_is_logged_and_logging_is_as_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = cut(ome_tiff(tmp_path, volume_of((12, 40, 50))), 0.5)
     with caplog.at_level(logging.DEBUG):
@@ -771,13 +705,6 @@ def test_an_unwritable_place_is_a_data_error(tmp_path: Path, name: str) -> None:
     assert os.listdir(tmp_path) == [name]
 
 
-@WRITTEN
-def test_slabs_may_be_empty_or_written_over(tmp_path: Path, name: str) -> None:
-    for _ in range(2):
-        write(tmp_path / name, iter([volume_of()[:0], volume_of()[:3], volume_of()[3:3], volume_of()[3:]]))
-        read_all(tmp_path / name)
-
-
 def test_types_that_ome_lacks_are_refused(tmp_path: Path) -> None:
     for dtype in ("uint64", "float16"):
         with pytest.raises(DataError, match=f"no type {dtype}"):
@@ -785,8 +712,3 @@ def test_types_that_ome_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="complex64"):
         write(tmp_path / "out.h5", slabs_of(volume_of()), np.complex64)
     assert os.listdir(tmp_path) == []
-
-
-def test_gzipped_rubbish_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(b"no image" * 100))
-    refused(tmp_path / "a.nii.gz", "cannot be read")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.losses import DiceLoss, FocalLoss, TverskyLoss
@@ -226,7 +226,9 @@ def test_where_everything_is_known_it_is_the_loss_of_monai_or_torch(kind: str) -
     torch.testing.assert_close(value, theirs(logits, target), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("dice_bce", {"dice": 1, "bce": 1}), ("focal_dice", {"focal": 0.5, "dice": 0.5})])
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("dice_bce", {"dice": 1, "bce": 1}), ("focal_dice", {"focal": 0.5, "dice": 0.5})]
+)
 def test_a_compound_is_the_weighted_sum_of_its_parts(kind: str, parts: dict[str, float]) -> None:
     logits, target = draw()
     whole = masked_loss(logits, target, mask(), loss_of(kind), EVEN)

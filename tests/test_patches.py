@@ -26,6 +26,7 @@ from autoseg.train.patches import Batch, PatchSampler, place_patch, scale_box
 
 NO_AUGMENTATION = {"augmentation.preset": "none"}
 
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return (DATA, cache)."""
@@ -174,9 +175,7 @@ def test_no_known_code_of_a_validation_box_ever_reaches_a_batch(place: tuple[Pat
     """Three quarters of crop 1 validate: their grey values may be seen, their labels never."""
     hidden = Region(crop="demo/crop1", box_zyx=((0, 0, 0), (6, 64, 48)))
     split = Split(train=(Region(crop="demo/crop1"),), validate=(hidden,), rule="user")
-    plan = msgspec.structs.replace(
-        tiny_plan(*place, NO_AUGMENTATION | {"patch_size_zyx": (1, 64, 64)}), split=split
-    )
+    plan = msgspec.structs.replace(tiny_plan(*place, NO_AUGMENTATION | {"patch_size_zyx": (1, 64, 64)}), split=split)
     one, known_columns = sampler(plan, place), np.zeros(64, dtype=bool)
     for step in range(20):
         known = (states_of(one.batch(step)) != UNKNOWN).any(dim=4)

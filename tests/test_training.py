@@ -397,9 +397,7 @@ def test_accumulated_micro_batches_are_one_step_of_the_whole_batch(place: tuple[
 # ---- other data than the plan's -----------------------------------------------------------------------------
 
 
-def test_other_data_gets_a_split_of_its_own_which_is_recorded_once(
-    place: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_other_data_gets_a_split_of_its_own_which_is_recorded_once(place: tuple[Path, Path], tmp_path: Path) -> None:
     other = make_dataset(tmp_path / "other", seed=5, shape=(3, 64, 64), crops=3)
     plan, warnings = tiny_plan(*place), list[str]()
     run = tmp_path / "run"

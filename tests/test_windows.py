@@ -47,8 +47,7 @@ class Volume:
         reach = self.slices // 2
         wide = box.grow((reach, 0, 0))
         indices = [
-            np.clip(np.arange(a, b), 0, n - 1)
-            for a, b, n in zip(wide.start, wide.stop, self.values.shape, strict=True)
+            np.clip(np.arange(a, b), 0, n - 1) for a, b, n in zip(wide.start, wide.stop, self.values.shape, strict=True)
         ]
         values = self.values[np.ix_(*indices)]
         return values[:, None] if reach else values[None]
@@ -71,7 +70,10 @@ class Drift(nn.Module):
     """A network that does not: its answer grows along x, y and z (or the slices) of its input."""
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        ramp = sum(torch.linspace(-1, 1, n).reshape([-1 if a == b else 1 for b in range(3)]) for a, n in enumerate(image.shape[2:]))
+        ramp = sum(
+            torch.linspace(-1, 1, n).reshape([-1 if a == b else 1 for b in range(3)])
+            for a, n in enumerate(image.shape[2:])
+        )
         slices = torch.linspace(-1, 1, image.shape[1]).reshape(1, -1, 1, 1, 1) if image.shape[1] > 1 else torch.ones(1)
         out = (image * 0 + ramp + slices * image).sum(dim=1, keepdim=True)
         return [torch.cat([out, out], dim=1)]
@@ -152,9 +154,7 @@ def test_averaging_mirrors_of_an_equivariant_network_changes_nothing(
 ) -> None:
     volume = Volume((3, 40, 40), slices)
     plain = whole(predictor(plan_with(slices=slices), Pointwise()), volume)
-    averaged = whole(
-        predictor(plan_with(slices=slices, mirror_axes=axes, transpose_yx=transpose), Pointwise()), volume
-    )
+    averaged = whole(predictor(plan_with(slices=slices, mirror_axes=axes, transpose_yx=transpose), Pointwise()), volume)
     np.testing.assert_allclose(averaged, plain, rtol=1e-5)
 
 

@@ -277,7 +277,7 @@ def _staging(data: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise DataError(data, f"cannot be written ({error})", "check that it is a folder with space left") from error
+            raise DataError(data, f"cannot be written ({error})", "make it a folder with space left") from error
         raise
 
 

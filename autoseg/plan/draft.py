@@ -12,8 +12,16 @@ import msgspec
 from autoseg.errors import PlanError
 from autoseg.schema import Fingerprint, Hardware, Plan, Reason, explain, nearest
 
-DERIVED = ("schema_version", "fingerprint_sha256", "hardware", "heads", "reasons", "disjoint") + tuple(
-    f"predicted_{name}" for name in ("memory_bytes", "ram_bytes", "step_s")
+DERIVED = (
+    "schema_version",
+    "fingerprint_sha256",
+    "hardware",
+    "heads",
+    "reasons",
+    "disjoint",
+    "predicted_memory_bytes",
+    "predicted_ram_bytes",
+    "predicted_step_s",
 )
 
 

@@ -11,7 +11,7 @@ from autoseg.data import store
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, select
 from autoseg.data.codes import open_codes
 from autoseg.data.dataset import Crop, Dataset, open_dataset
-from autoseg.data.em import measure_intensity
+from autoseg.data.em import finest_stored, measure_intensity
 from autoseg.errors import DataError
 from autoseg.schema import ClassCount, CropFacts, Fingerprint, VolumeFacts
 
@@ -83,7 +83,7 @@ def _crop_facts(crop: Crop, logic: Logic, names: list[str], cache: Path) -> Crop
 def _volume_facts(name: str, em: Path, root: Path) -> VolumeFacts:
     multiscale = store.open_multiscale(em)
     finest = multiscale.levels[0]
-    array = store.ArrayReader(finest.path, store.ChunkCache(0))
+    array = finest_stored(multiscale, store.ChunkCache(0))
     intensity, stored = measure_intensity(array)
     try:
         path = str(em.relative_to(root))

@@ -1,4 +1,4 @@
-"""This machine -> hardware record: what this process may really use, and how fast a convolution runs on it."""
+"""Machine -> hardware record: what this process may really use, and how fast a convolution runs on it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from autoseg.geometry import Box
 from autoseg.plan import fingerprint
 from autoseg.predict import crop_regions, open_run, predict_regions
 from autoseg.recipes.training import split_of
-from autoseg.schema import CropFacts, Fingerprint, Plan, Scores, load_as
+from autoseg.schema import CropFacts, Fingerprint, Plan, Scores, load_as, sha256
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,7 +50,7 @@ def evaluate_run(
     checkpoint = "given labels"
     if prediction is None:
         trained = open_run(run, which, device)
-        prediction = run / "predictions" / f"{_key(data)}-{trained.identity[:8]}.zarr"
+        prediction = run / "predictions" / f"{_key(data)}-{sha256(facts)[:8]}-{trained.identity[:8]}.zarr"
         numbers = ",".join(name.rsplit("/", 1)[1].removeprefix("crop") for name in boxes)
         regions = [r for r in crop_regions(plan, dataset, numbers) if r.name in boxes]
         predict_regions(trained, regions, prediction, progress=progress)
@@ -70,22 +70,38 @@ def evaluate_run(
 def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -> tuple[dict[str, Box], str]:
     """Return the box of each crop that may be scored: never a voxel that the run learnt from."""
     seen_path = run / "fingerprint.json"
-    seen = load_as(seen_path, Fingerprint).crops if seen_path.is_file() else ()
-    known = {_identity(crop) for crop in seen}
-    common = [crop.name for crop in facts.crops if _identity(crop) in known]
-    if not common:
+    seen = load_as(seen_path, Fingerprint) if seen_path.is_file() else None
+    taught = {crop.name: _overlapping(crop, facts, seen) for crop in facts.crops} if seen else {}
+    if not any(taught.values()):
         boxes = {crop.name: Box.whole(crop.grid.shape_zyx) for crop in dataset.crops}
         return boxes, f"all {len(boxes)} crops of {dataset.root}, none of which the run has seen"
     regions = {region.crop: region for region in split_of(run).validate}
-    boxes = {crop.name: regions[crop.name].box(crop.grid.shape_zyx) for crop in dataset.crops if crop.name in regions}
+    boxes = {}
+    for crop in facts.crops:
+        twins = [twin for twin in taught[crop.name] if twin.grid == crop.grid and twin.name in regions]
+        if len(taught[crop.name]) == 1 and twins:
+            boxes[crop.name] = regions[twins[0].name].box(crop.shape_zyx)
     if not boxes:
         raise PlanError(run, f"trained on every crop of {dataset.root}", "import other crops as a second DATA")
     return boxes, f"{len(boxes)} validation regions, which chose its checkpoint: score on a second DATA to compare"
 
 
-def _identity(crop: CropFacts) -> bytes:
-    """Two crops are the same if place and annotation are; names may repeat between data sets."""
-    return msgspec.json.encode((crop.shape_zyx, crop.voxel_size_nm, crop.origin_nm, crop.counts), order="sorted")
+def _overlapping(crop: CropFacts, facts: Fingerprint, seen: Fingerprint) -> list[CropFacts]:
+    """Return the crops the run has seen that share a voxel of EM with this one; names and labels do not matter."""
+    em = _em(crop, facts)
+    return [other for other in seen.crops if _em(other, seen) == em and _meet(crop, other)]
+
+
+def _em(crop: CropFacts, facts: Fingerprint) -> bytes:
+    """Two EM volumes are the same if shape, voxel size and grey values are."""
+    volume = next(volume for volume in facts.volumes if volume.name == crop.volume)
+    return msgspec.json.encode((volume.dtype, volume.shape_zyx, volume.voxel_size_nm, volume.intensity))
+
+
+def _meet(a: CropFacts, b: CropFacts) -> bool:
+    """Return whether two crops share more than a hair's breadth along every axis."""
+    sides = zip(a.grid.corner_nm, a.grid.extent_nm, b.grid.corner_nm, b.grid.extent_nm, strict=True)
+    return all(min(p + m, q + n) - max(p, q) > 1e-3 * min(m, n) for p, m, q, n in sides)
 
 
 def _key(data: Path) -> str:

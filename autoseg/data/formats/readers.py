@@ -57,7 +57,7 @@ def joined(path: str, key: str | None) -> str:
 
 
 class _Mapped:
-    """An array that is mapped only while it is read: pages of a lasting map would stay in memory one after the other."""
+    """An array that is mapped only while it is read: pages of a lasting map would pile up in memory."""
 
     def __init__(self, open_map: Callable[[], NDArray[Any]]) -> None:
         array = open_map()

@@ -1,0 +1,438 @@
+"""The door: answers at once, says in one line what is wrong, prints JSON for programs, and leaves no debris."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import tifffile
+from strategies import make_dataset
+from test_planner import cheap_trace, tiny_plan
+
+from autoseg import __version__
+from autoseg.cli import main
+from autoseg.commands import difference, seconds
+from autoseg.errors import PlanError
+from autoseg.plan import hardware, rules_network
+from autoseg.recipes.training import train_on
+from autoseg.schema import Plan, load_as, save
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+COMMANDS = ("demo", "import", "fingerprint", "plan", "train", "predict", "evaluate", "report")
+HEAVY = ("torch", "monai", "numpy", "zarr", "matplotlib", "h5py", "tifffile", "scipy")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `data`, `cache`, `plan.json` and a finished `run`, which no test changes."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = make_dataset(folder / "data", shape=(2, 64, 64))
+    plan = tiny_plan(data, folder / "cache", {"optimizer.num_steps": 2})
+    save(plan, folder / "plan.json")
+    train_on(plan, data, folder / "run", cache=folder / "cache")
+    rng = np.random.default_rng(0)
+    for name, shape in (("em", (2, 32, 32)), ("labels", (2, 32, 32)), ("wide", (2, 32, 48))):
+        values = rng.integers(0, 2 if name == "labels" else 255, shape).astype(np.uint8)
+        tifffile.imwrite(folder / f"{name}.tif", values, photometric="minisblack")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return every file and folder below, but the cache."""
+    found = (p for p in sorted(folder.rglob("*")) if "xdg" not in p.parts)
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in found}
+
+
+def call(*arguments: object) -> int:
+    """Run a command; argparse leaves by SystemExit."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as leave:
+        return int(leave.code or 0)
+
+
+# ---- help ---------------------------------------------------------------------------------------------------
+
+
+def test_help_answers_in_half_a_second_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from autoseg.cli import main\n"
+        "try: main(['--help'])\n"
+        f"finally: print('loaded', [m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=60
+        )
+        times.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+        assert "loaded []" in done.stderr
+        assert "evaluate" in done.stdout
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_the_golden_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a wanted change run with AUTOSEG_WRITE_GOLDEN=1. Line breaks are argparse's, so words are compared."""
+    assert call(*([command] if command else []), "--help") == 0
+    text, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in text, "NO_COLOR"
+    assert max(len(line) for line in text.splitlines() if not line.startswith("example:")) <= 100
+    path = GOLDEN / f"help{'-' if command else ''}{command}.txt"
+    if os.environ.get("AUTOSEG_WRITE_GOLDEN"):
+        path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+    assert text.split() == path.read_text().split()
+    if command:
+        assert "example:" in text
+
+
+def test_every_example_in_the_help_is_a_command_that_parses() -> None:
+    from autoseg.cli import build_parser
+
+    for command in COMMANDS:
+        text = " ".join((GOLDEN / f"help-{command}.txt").read_text().split())
+        example = text.split("example:")[1].split()
+        assert example[0] == "autoseg"
+        assert build_parser().parse_args(example[1:]).command == command
+
+
+def test_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out.strip() == f"autoseg {__version__}"
+    assert call() == 0
+    assert "evaluate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("trian", "train"), ("evalute", "evaluate"), ("fingerprnt", "fingerprint")]
+)
+def test_a_mistyped_command_is_told_the_near_one(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(typed) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert f"did you mean '{meant}'" in err
+
+
+def test_shell_completion_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--print-completion", "bash") == 0
+    assert "autoseg" in capsys.readouterr().out
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------
+
+IMPORT = ("import", "{new}/data", "--name", "v", "--em", "{old}/em.tif")
+SIZE = ("--voxel-size-nm", "40", "8", "8")
+LABELS = ("--labels", "{old}/labels.tif", "--values")
+BAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "import-missing-file": ((*IMPORT[:5], "{old}/none.tif", *SIZE), r"none\.tif: .*"),
+    "import-voxel-size-word": (
+        (*IMPORT, "--voxel-size-nm", "40", "x", "8"),
+        r"--voxel-size-nm: 'x' is not a number: give",
+    ),
+    "import-voxel-size-zero": (
+        (*IMPORT, "--voxel-size-nm", "40", "0", "8"),
+        r"--voxel-size-nm: .*three positive numbers",
+    ),
+    "import-voxel-size-negative": ((*IMPORT, "--voxel-size-nm", "40", "8", "-8"), r"(--voxel-size-nm).*"),
+    "import-voxel-size-nan": (
+        (*IMPORT, "--voxel-size-nm", "nan", "8", "8"),
+        r"--voxel-size-nm: .*three positive numbers",
+    ),
+    "import-two-voxel-sizes": ((*IMPORT, "--voxel-size-nm", "40", "8"), r"--voxel-size-nm: expected 3 arguments"),
+    "import-shapes-differ": (
+        (*IMPORT, "--labels", "{old}/wide.tif", "--values", "mito=1", *SIZE),
+        r"wide\.tif: labels has shape \(2, 32, 48\), the EM .*\(2, 32, 32\)",
+    ),
+    "import-unknown-value": (
+        (*IMPORT, *LABELS, "mito=7", *SIZE),
+        r"labels\.tif: .*value 7.* class mito: it holds 0, 1",
+    ),
+    "import-value-word": ((*IMPORT, *LABELS, "mito=one", *SIZE), r"--values: 'one' is not a list of integers"),
+    "import-value-without-class": ((*IMPORT, *LABELS, "1", *SIZE), r"--values: '1' is not NAME=VALUE"),
+    "import-labels-without-values": ((*IMPORT, "--labels", "{old}/labels.tif", *SIZE), r"--labels: .*--values"),
+    "import-cell-outside": ((*IMPORT, *SIZE, "--crops", "2"), r"--crops: cell 2: .*1 to 1"),
+    "import-not-an-image": ((*IMPORT[:5], "{old}/plan.json", *SIZE), r"plan\.json: .*"),
+    "plan-missing-data": (("plan", "{new}/none", "--out", "{new}/p.json"), r"none: is not a folder: pass"),
+    "plan-unreadable-zarr": (("plan", "{broken}", "--out", "{new}/p.json"), r".*crops cannot be used.*"),
+    "plan-budget": (
+        ("plan", "{old}/data", "--budget", "soon", "--out", "{new}/p.json"),
+        r"--budget: 'soon' is not a duration",
+    ),
+    "plan-set-unknown": (
+        ("plan", "{old}/data", "--set", "bacth_size=1", "--out", "{new}/p.json"),
+        r"--set bacth_size: .*'batch_size'",
+    ),
+    "plan-class-unknown": (
+        ("plan", "{old}/data", "--classes", "mit", "--out", "{new}/p.json"),
+        r"--classes mit: .*'mito'",
+    ),
+    "plan-hardware-missing": (
+        ("plan", "{old}/data", "--hardware", "{new}/hal9000", "--out", "{new}/p.json"),
+        r"hal9000: No such file",
+    ),
+    "plan-both-sources": (
+        ("plan", "{old}/data", "--fingerprint", "{old}/plan.json"),
+        r"--fingerprint: and DATA are both given",
+    ),
+    "train-misspelt-key": (
+        ("train", "--plan", "{typo}", "--data", "{old}/data", "--run", "{new}/r"),
+        r"typo\.json: .*unknown field 'bach_size': did you mean 'batch_size'",
+    ),
+    "train-missing-plan": (("train", "--plan", "{new}/none.json", "--run", "{new}/r"), r"none\.json: No such file"),
+    "train-no-json": (("train", "--plan", "{old}/em.tif", "--run", "{new}/r"), r"em\.tif: is not valid JSON"),
+    "train-wrong-artifact": (
+        ("train", "--plan", "{old}/run/fingerprint.json", "--run", "{new}/r"),
+        r"fingerprint\.json: .*",
+    ),
+    "train-run-of-another-plan": (
+        ("train", "--plan", "{other}", "--data", "{old}/data", "--run", "{old}/run"),
+        r"run: holds a run of another plan",
+    ),
+    "train-missing-data": (
+        ("train", "--plan", "{old}/plan.json", "--data", "{new}/none", "--run", "{new}/r"),
+        r"none: is not a folder",
+    ),
+    "train-device": (
+        ("train", "--plan", "{old}/plan.json", "--data", "{old}/data", "--run", "{new}/r", "--device", "tpu"),
+        r"--device tpu: is not a device",
+    ),
+    "predict-no-run": (
+        ("predict", "--run", "{new}/r", "--volume", "{old}/em.tif", "--out", "{new}/o.tif"),
+        r"r: is not a run",
+    ),
+    "predict-ending": (
+        ("predict", "--run", "{old}/run", "--volume", "{old}/em.tif", "--out", "{new}/o.jpg"),
+        r"o\.jpg: has no known ending",
+    ),
+    "predict-missing-volume": (
+        ("predict", "--run", "{old}/run", "--volume", "{old}/none.tif", "--out", "{new}/o.tif"),
+        r"none\.tif: .*",
+    ),
+    "predict-no-crop": (
+        ("predict", "--run", "{old}/run", "--data", "{old}/data", "--crops", "9", "--out", "{new}/o.zarr"),
+        r"--crops 9: no crop9",
+    ),
+    "predict-roi": (
+        (
+            "predict",
+            "--run",
+            "{old}/run",
+            "--volume",
+            "{old}/em.tif",
+            "--out",
+            "{new}/o.tif",
+            "--roi-nm",
+            "0",
+            "0:9",
+            "0:9",
+        ),
+        r"--roi-nm: '0' is not start:stop",
+    ),
+    "predict-checkpoint": (
+        (
+            "predict",
+            "--run",
+            "{old}/run",
+            "--volume",
+            "{old}/em.tif",
+            "--out",
+            "{new}/o.tif",
+            "--checkpoint",
+            "{new}/c",
+        ),
+        r"c: there is no such checkpoint",
+    ),
+    "evaluate-no-run": (("evaluate",), r"runs: holds no run: train one first"),
+    "evaluate-other-classes": (("evaluate", "--run", "{old}/run", "--data", "{new}/none"), r"none: is not a folder"),
+    "report-no-run": (("report", "{new}/r"), r"r: .*"),
+}
+
+
+@pytest.fixture
+def fill(place: Path, tmp_path: Path) -> Callable[[str], str]:
+    """Return a function that puts paths into a command."""
+    work = tmp_path / "work"
+    work.mkdir()
+    made = tmp_path / "made"
+    made.mkdir()
+
+    def paths() -> Iterator[tuple[str, Path]]:
+        yield "old", place
+        yield "new", work
+        yield "broken", made / "broken"
+        yield "typo", made / "typo.json"
+        yield "other", made / "other.json"
+
+    places = dict(paths())
+
+    def put(text: str) -> str:
+        if "{broken}" in text and not places["broken"].exists():
+            shutil.copytree(place / "data", places["broken"])
+            for attributes in places["broken"].rglob("crop*/*/.zattrs"):
+                attributes.write_text("{")
+        if "{typo}" in text:
+            places["typo"].write_text((place / "plan.json").read_text().replace('"batch_size"', '"bach_size"', 1))
+        if "{other}" in text:
+            plan = load_as(place / "plan.json", Plan)
+            save(msgspec.structs.replace(plan, seed=9), places["other"])
+        return re.sub(r"\{(\w+)\}", lambda m: str(places[m[1]]), text)
+
+    return put
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_left_behind(
+    case: str,
+    place: Path,
+    tmp_path: Path,
+    fill: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
+    arguments, message = BAD[case]
+    command = [fill(text) for text in arguments]
+    monkeypatch.chdir(tmp_path / "work")
+    before = files(place)
+    assert call(*command, "--quiet") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert files(tmp_path / "work") == {}, "something was left behind"
+    assert files(place) == before, "something that was there has changed"
+
+
+# ---- JSON for programs --------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_on_stdout_and_nothing_else(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
+    monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
+    run = shutil.copytree(place / "run", tmp_path / "run")
+
+    def json_of(*arguments: object) -> Any:
+        assert call(*arguments, "--json") == 0
+        out, _ = capsys.readouterr()
+        assert out.count("\n") == 1
+        found = json.loads(out)
+        assert isinstance(found, dict)
+        return found
+
+    try:
+        assert json_of("fingerprint", place / "data")["kind"] == "fingerprint"
+        assert json_of("plan", place / "data", "--out", "p.json")["kind"] == "plan"
+    finally:
+        rules_network._cached_cost.cache_clear()
+    assert json_of("plan", "--diff", place / "plan.json", place / "plan.json") == {}
+    assert json_of("train", "--plan", place / "plan.json", "--data", place / "data", "--run", run)["step"] == 2
+    assert json_of("train", "--plan", place / "plan.json", "--data", place / "data", "--fast-dev-run") == {
+        "works": True
+    }
+    assert json_of("predict", "--run", run, "--volume", place / "em.tif", "--out", "o.tif")["out"] == "o.tif"
+    assert json_of("evaluate", "--run", run, "--data", place / "data")["kind"] == "scores"
+    imported = json_of("import", "d", "--name", "v", "--em", place / "em.tif", *SIZE)
+    assert imported == {"datasets": ["v"], "crops": [], "remarks": []}
+
+
+# ---- the three bare commands --------------------------------------------------------------------------------
+
+
+def test_plan_train_and_evaluate_work_bare_in_a_folder_with_data(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
+    monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
+    monkeypatch.setattr("platform.node", lambda: "rocinante.local")
+    try:
+        assert call("plan") == 0
+    finally:
+        rules_network._cached_cost.cache_clear()
+    path = tmp_path / "plans/rocinante.json"
+    plan = load_as(path, Plan)
+    assert plan.name == "rocinante"
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in ("patch_size_zyx", "learning_rate", "because", "next: autoseg train"))
+    # shortened by hand, as a user may: a bare plan trains for half an hour
+    tiny = tiny_plan(place / "data", place / "cache", {"optimizer.num_steps": 2})
+    save(msgspec.structs.replace(tiny, name="rocinante"), path)
+    assert call("train", "--plan", "plans/rocinante.json") == 0
+    assert (tmp_path / "runs/rocinante/plan.json").is_file()
+    capsys.readouterr()
+    assert call("evaluate", "--per-class") == 0
+    err = capsys.readouterr().err
+    assert all(name in err for name in plan.class_names)
+    assert (tmp_path / "runs/rocinante/scores.json").is_file()
+    shutil.copytree(tmp_path / "runs/rocinante", tmp_path / "runs/second")
+    capsys.readouterr()
+    assert call("evaluate", "--per-class", "--quiet") == 2
+    err = capsys.readouterr().err
+    assert "2 runs" in err
+    assert "runs/rocinante" in err
+    assert "runs/second" in err
+
+
+# ---- small things -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("1d", 86400), ("1.5h", 5400)]
+)
+def test_durations_have_units(text: str, expected: float) -> None:
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "0m", "-5m", "10 minutes", "m", "1e3"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="is not a duration: write 90s, 10m or 2h"):
+        seconds(text)
+
+
+def test_the_difference_of_two_plans_names_nested_fields() -> None:
+    a, b = {"x": 1, "n": {"p": 1, "q": 2}}, {"x": 1, "n": {"p": 3, "q": 2}, "z": 0}
+    assert difference(a, b) == [("n.p", 1, 3), ("z", None, 0)]
+    assert difference(a, a) == []
+
+
+def test_ctrl_c_before_a_run_begins_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autoseg.commands.run_fingerprint", interrupted)
+    with contextlib.suppress(SystemExit):
+        assert main(["fingerprint", "data"]) == 143
+    assert capsys.readouterr().err.count("\n") == 1
