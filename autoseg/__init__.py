@@ -5,6 +5,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     autoseg/
     ├── cli.py             THE DOOR: parse; nothing heavy is imported before a command runs
     ├── commands.py        options → a call → text or JSON
+    ├── arguments.py       what people type, as values
     ├── recipes/           SEVERAL VERBS IN A ROW
     │                      training.py (plan + DATA → RUN) · validate.py (predict + score) · demo.py · dev_run.py
     │

@@ -136,7 +136,12 @@ def _import(commands: _Commands) -> None:
     parser.add_argument("--voxel-size-nm", required=True, nargs=3, metavar=("Z", "Y", "X"))
     parser.add_argument("--grid", nargs=3, type=int, default=[1, 1, 1], metavar=("NZ", "NY", "NX"), help="cells")
     parser.add_argument("--crops", metavar="N,N", help="cells to keep as crops, from 1 in raster order (default: all)")
-    parser.add_argument("--validate", default="", metavar="N,N", help="crops of this import, from 1, that validate; writes datasplit.csv")
+    parser.add_argument(
+        "--validate",
+        default="",
+        metavar="N,N",
+        help="crops of this import, from 1, that validate; writes datasplit.csv",
+    )
 
 
 def _fingerprint(commands: _Commands) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from autoseg.arguments import to_cells, to_instances, to_interval, to_number, to_seconds, to_values
 from autoseg.data.codes import default_cache
 from autoseg.data.convert import import_volumes
 from autoseg.data.dataset import open_dataset
@@ -30,25 +30,24 @@ from autoseg.report.page import write_report
 from autoseg.schema import Fingerprint, Hardware, Plan, Scores, load_as, read_json_lines, save
 
 EXIT_OK, EXIT_STOPPED = 0, 143
-SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def run_import(options: argparse.Namespace) -> int:
     """Bring volumes into DATA."""
-    sizes = [_number("--voxel-size-nm", text) for text in options.voxel_size_nm]
+    sizes = [to_number("--voxel-size-nm", text) for text in options.voxel_size_nm]
     request = ImportRequest(
         data=options.data,
         name=options.name,
         em=options.em,
         voxel_size_nm=(sizes[0], sizes[1], sizes[2]),
         labels=options.labels,
-        values=_values(options.values),
-        instances=_instances(options.instances),
+        values=to_values(options.values),
+        instances=to_instances(options.instances),
         mask=options.mask,
         ignore_value=options.ignore_value,
         grid=(options.grid[0], options.grid[1], options.grid[2]),
-        crops=_cells("--crops", options.crops) if options.crops else None,
-        validate=_cells("--validate", options.validate),
+        crops=to_cells("--crops", options.crops) if options.crops else None,
+        validate=to_cells("--validate", options.validate),
     )
     console = terminal.make_console(quiet=options.quiet)
     imported = import_volumes(request)
@@ -84,7 +83,7 @@ def run_plan(options: argparse.Namespace) -> int:
     out = options.out or Path("plans") / f"{hardware.name}.json"
     settings = parse_settings(options.set)
     if options.budget:
-        settings["budget_s"] = seconds(options.budget)
+        settings["budget_s"] = to_seconds(options.budget)
     if options.classes:
         settings["classes.names"] = [name.strip() for name in options.classes.split(",") if name.strip()]
     if options.fingerprint:
@@ -155,7 +154,7 @@ def run_predict(options: argparse.Namespace) -> int:
             raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
         regions = [file_region(trained.plan, options.volume, cache / "em")]
     if options.roi_nm:
-        regions = [cut_roi(region, [_interval(text) for text in options.roi_nm]) for region in regions]
+        regions = [cut_roi(region, [to_interval(text) for text in options.roi_nm]) for region in regions]
     zarr = options.out.with_name(f".{options.out.name}.zarr") if to_file else options.out
     with _progress(console) as progress:
         predict_regions(trained, regions, zarr, probabilities=options.probabilities, progress=progress)
@@ -223,7 +222,7 @@ def run_demo(options: argparse.Namespace) -> int:
             options.dir,
             observer=view,
             tell=console.print,
-            budget_s=seconds(options.budget),
+            budget_s=to_seconds(options.budget),
             planned=lambda plan: console.print(terminal.plan_table(plan)),
         )
     finally:
@@ -238,14 +237,6 @@ def run_demo(options: argparse.Namespace) -> int:
     console.print(f"wrote {options.dir / 'scores.json'} and {report}")
     _print_json(options, {"scores": msgspec.to_builtins(demo.scores), "by_threshold": demo.by_threshold})
     return EXIT_OK
-
-
-def seconds(text: str) -> float:
-    """Return the seconds of a duration such as 90, 90s, 10m, 2h or 1d."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)([smhd]?)", text.strip())
-    if not match or float(match[1]) == 0:
-        raise PlanError("--budget", f"{text!r} is not a duration", "write 90s, 10m or 2h")
-    return float(match[1]) * SECONDS[match[2]]
 
 
 def _plan_difference(options: argparse.Namespace, console: Console) -> int:
@@ -309,53 +300,3 @@ def _warn_left_out(facts: Fingerprint, console: Console) -> None:
 def _print_json(options: argparse.Namespace, value: Any) -> None:
     if options.json:
         print(msgspec.json.encode(value, enc_hook=str).decode())
-
-
-def _number(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise DataError(flag, f"{text!r} is not a number", "give three positive numbers, in nm, order z y x") from None
-
-
-def _pair(flag: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name or not value:
-        raise DataError(flag, f"{text!r} is not NAME=VALUE", f"write {flag} mito=...")
-    return name, value
-
-
-def _instances(texts: list[str]) -> dict[str, str]:
-    pairs = [_pair("--instances", text) for text in texts]
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError("--instances", f"{name} is given twice", "give each class one file")
-    return dict(pairs)
-
-
-def _values(texts: list[str]) -> dict[str, tuple[int, ...]]:
-    values: dict[str, tuple[int, ...]] = {}
-    for text in texts:
-        name, numbers = _pair("--values", text)
-        if name in values:
-            raise DataError("--values", f"{name} is given twice", "list its values with commas: mito=1,2")
-        values[name] = _cells("--values", numbers)
-    return values
-
-
-def _cells(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise DataError(flag, f"{text!r} is not a list of integers", f"write {flag} 1,2") from None
-
-
-def _interval(text: str) -> tuple[float, float]:
-    low, colon, high = text.partition(":")
-    try:
-        if colon:
-            return float(low), float(high)
-    except ValueError:
-        pass
-    raise DataError("--roi-nm", f"{text!r} is not start:stop", "write three such as 0:400 0:2000 0:2000, in nm")

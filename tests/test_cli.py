@@ -22,8 +22,10 @@ from strategies import make_dataset
 from test_planner import cheap_trace, tiny_plan
 
 from autoseg import __version__
+from autoseg.arguments import to_seconds
 from autoseg.cli import main
-from autoseg.commands import difference, seconds
+from autoseg.arguments import to_seconds as seconds
+from autoseg.commands import difference
 from autoseg.errors import PlanError
 from autoseg.plan import hardware, rules_network
 from autoseg.recipes.training import train_on
@@ -411,13 +413,13 @@ def test_plan_train_and_evaluate_work_bare_in_a_folder_with_data(
     ("text", "expected"), [("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("1d", 86400), ("1.5h", 5400)]
 )
 def test_durations_have_units(text: str, expected: float) -> None:
-    assert seconds(text) == expected
+    assert to_seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "0", "0m", "-5m", "10 minutes", "m", "1e3"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="is not a duration: write 90s, 10m or 2h"):
-        seconds(text)
+        to_seconds(text)
 
 
 def test_the_difference_of_two_plans_names_nested_fields() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from autoseg.errors import PlanError
 from autoseg.geometry import Box
 from autoseg.schema import Plan, Region, Split
 from autoseg.train import batches
+from autoseg.train.loader import _start_worker
 from autoseg.train.patches import Batch, PatchSampler, place_patch, scale_box
 
 NO_AUGMENTATION = {"augmentation.preset": "none"}
@@ -78,6 +80,17 @@ def test_spawned_workers_give_the_batches_of_this_process(place: tuple[Path, Pat
     spawned = list(batches(spread, place[0], start_step=3, stop_step=7, cache=place[1]))
     assert len(spawned) == 4
     assert all(same(a, b) for a, b in zip(here, spawned, strict=True))
+
+
+def test_ctrl_c_is_for_the_process_that_saves_not_for_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to all of them; a worker that died of it would end the run before it is saved."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        _start_worker(0)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @settings(max_examples=10)

@@ -14,7 +14,7 @@ import numpy as np
 from autoseg.geometry import VoxelsZYX
 from autoseg.schema import Region, Split
 
-VALIDATION_SHARE = 0.15
+VALIDATION_SHARE = 0.1
 MIN_CROPS_TO_HOLD_OUT_ONE = 8
 BOX_STEP = 64
 

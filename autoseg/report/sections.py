@@ -37,9 +37,7 @@ class Section(NamedTuple):
     partial: bool
 
 
-def read_section(
-    dataset: Dataset, name: str, classes: Sequence[str], prediction: Path, scored: Region
-) -> Section:
+def read_section(dataset: Dataset, name: str, classes: Sequence[str], prediction: Path, scored: Region) -> Section:
     """Return the section with most annotated foreground of the region that was scored."""
     crop = dataset.crop(name)
     codes = open_codes(crop, crop.grid.voxel_size_nm, default_cache())

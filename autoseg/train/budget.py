@@ -28,9 +28,7 @@ class Length(NamedTuple):
     num_rounds: int
 
 
-def fit_length(
-    plan: Plan, data: Path, run: Path, cache: Path, validator: Validator, device: torch.device
-) -> Length:
+def fit_length(plan: Plan, data: Path, run: Path, cache: Path, validator: Validator, device: torch.device) -> Length:
     """Return the plan's number of steps, or what its budget allows on this device; a resumed run reads it back."""
     if plan.optimizer.num_steps is not None:
         return Length(plan.optimizer.num_steps, plan.validation.num_rounds)
@@ -59,9 +57,7 @@ def fit_length(
     return Length(num_steps, num_rounds)
 
 
-def _measure(
-    plan: Plan, data: Path, cache: Path, validator: Validator, device: torch.device
-) -> tuple[float, float]:
+def _measure(plan: Plan, data: Path, cache: Path, validator: Validator, device: torch.device) -> tuple[float, float]:
     """Return (seconds of a step with its batch, seconds of a validation) on a throw-away network."""
     trial = Learner(plan, 10**6, device)
     source = batches(plan, data, cache=cache)
