@@ -24,7 +24,6 @@ from test_planner import cheap_trace, tiny_plan
 from autoseg import __version__
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
-from autoseg.arguments import to_seconds as seconds
 from autoseg.commands import difference
 from autoseg.errors import PlanError
 from autoseg.plan import hardware, rules_network

@@ -53,7 +53,10 @@ def truth_of(data: Path, crop: str, cache: Path) -> dict[str, NDArray[np.uint8]]
     return {name: states[codes.codes_ZYX, k] for name, k in zip(NAMES, logic.columns(NAMES), strict=True)}
 
 
-def test_counts_and_ratios_are_those_of_a_brute_force_loop(place: Path, tmp_path: Path) -> None:
+def test_counts_and_ratios_are_those_of_a_brute_force_loop(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoseg.evaluate.scores.BLOCK", (2, 20, 30))  # several blocks a crop
     rng = np.random.default_rng(0)
     dataset = open_dataset(place / "data")
     box = Box((1, 3, 5), (4, 50, 61))

@@ -197,6 +197,9 @@ def test_probabilities_are_bytes_that_agree_with_the_labels(place: Path, trained
     probability, found = labels(tmp_path / "out/demo/crop1", "probabilities"), labels(tmp_path / "out/demo/crop1")
     assert probability.dtype == np.uint8
     assert len(np.unique(probability)) > 20
+    writer = blocks._RegionWriter(trained, region(place), tmp_path / "again", False)
+    exact = np.concatenate([writer._probability(block).ravel() for block in writer.blocks()])
+    assert np.array_equal(np.rint(exact * 255), probability.ravel()), "255 is 1, and one block holds this crop"
     assert (found[probability > 128] == 1).all()
     assert (found[probability < 127] == 0).all()
 

@@ -36,10 +36,10 @@ def save_checkpoint(
 ) -> None:
     """Write `folder/last` (and `folder/best`), keeping the one before as `folder/previous`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     if find(folder, "best") == _old(folder / "best"):  # a kill came between the two renames of `_replace`
         _old(folder / "best").rename(folder / "best")
+    for leftover in (*folder.glob(".writing-*"), *folder.glob(".old-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
     new = folder / f".writing-{os.getpid()}"
     new.mkdir()
     try:
