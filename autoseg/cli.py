@@ -114,7 +114,7 @@ def _demo(commands: _Commands) -> None:
         commands, "demo", "make synthetic EM, then plan, train, predict, score and report", "autoseg demo"
     )
     parser.add_argument("dir", nargs="?", type=Path, default=Path("autoseg-demo"), metavar="DIR")
-    parser.add_argument("--budget", default="75s", help="training time (default: 75s)")
+    parser.add_argument("--budget", default="100s", help="training time (default: 100s)")
 
 
 def _import(commands: _Commands) -> None:
@@ -228,7 +228,7 @@ def _evaluate(commands: _Commands) -> None:
 
 
 def _report(commands: _Commands) -> None:
-    parser = _command(commands, "report", "write one self-contained HTML page", "autoseg report runs/vnc")
+    parser = _command(commands, "report", "write one self-contained HTML page", "autoseg report runs/vnc", data=True)
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="report.html", help="default: RUN/report.html")
     parser.add_argument("--scores", type=Path, metavar="scores.json", help="default: RUN/scores.json if it is there")

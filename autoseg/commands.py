@@ -23,7 +23,7 @@ from autoseg.plan import fingerprint, make_plan, parse_settings, probe_hardware
 from autoseg.predict import crop_regions, cut_roi, export_labels, file_region, open_run, predict_regions, volume_regions
 from autoseg.recipes import demo as demo_recipe
 from autoseg.recipes.dev_run import dev_run
-from autoseg.recipes.training import data_of, train_on
+from autoseg.recipes.training import data_of, split_of, train_on
 from autoseg.recipes.validate import evaluate_run
 from autoseg.report import terminal
 from autoseg.report.page import write_report
@@ -63,11 +63,12 @@ def run_fingerprint(options: argparse.Namespace) -> int:
     """Measure DATA."""
     console = terminal.make_console(quiet=options.quiet)
     with _progress(console) as progress:
-        facts = fingerprint(options.data, _cache(options, console), progress)
+        facts = fingerprint(options.data, _cache(options), progress)
     if options.out:
         save(facts, options.out)
     console.print(terminal.fingerprint_table(facts))
     _warn_left_out(facts, console)
+    _tell_cache(options, console)
     _print_json(options, facts)
     return EXIT_OK
 
@@ -90,12 +91,13 @@ def run_plan(options: argparse.Namespace) -> int:
         facts = load_as(options.fingerprint, Fingerprint)
     else:
         with _progress(console) as progress:
-            facts = fingerprint(options.data or Path("data"), _cache(options, console), progress)
+            facts = fingerprint(options.data or Path("data"), _cache(options), progress)
     _warn_left_out(facts, console)
     plan = make_plan(out.stem, facts, hardware, settings)
     save(plan, out)
     console.print(terminal.plan_table(plan))
     console.print(f"wrote {out}; next: autoseg train --plan {out}")
+    _tell_cache(options, console)
     _print_json(options, plan)
     return EXIT_OK
 
@@ -104,7 +106,7 @@ def run_train(options: argparse.Namespace) -> int:
     """Train, resume, or try everything once."""
     console = terminal.make_console(quiet=options.quiet)
     plan = load_as(options.plan, Plan)
-    cache = _cache(options, console)
+    cache = _cache(options)
     if options.fast_dev_run:
         for line in dev_run(plan, options.data, device=options.device, cache=cache):
             console.print(line)
@@ -128,6 +130,7 @@ def run_train(options: argparse.Namespace) -> int:
     console.print(terminal.verdict(outcome, losses))
     if not outcome.stopped_by:
         console.print(f"run {run}; next: autoseg evaluate --run {run} --per-class, or autoseg report {run}")
+    _tell_cache(options, console)
     _print_json(options, outcome._asdict() | {"run": str(run)})
     return EXIT_STOPPED if outcome.stopped_by else EXIT_OK
 
@@ -138,14 +141,14 @@ def run_predict(options: argparse.Namespace) -> int:
     if options.out.suffix.lower() not in (".zarr", ".tif", ".tiff", ".h5", ".hdf5"):
         raise DataError(options.out, "has no known ending", "write to .zarr, .tif or .h5")
     trained = open_run(options.run, options.checkpoint, options.device)
-    cache = _cache(options, console)
+    cache = _cache(options)
     to_file = options.out.suffix.lower() != ".zarr"
     if options.data:
         if to_file or options.roi_nm:
             raise DataError(options.out, "crops of DATA go into one zarr, whole", "write to .zarr, or use --volume")
         dataset = open_dataset(options.data)
         regions = (
-            crop_regions(trained.plan, dataset, options.crops or "all")
+            crop_regions(split_of(options.run), dataset, options.crops or "all")
             if dataset.crops
             else volume_regions(trained.plan, dataset)
         )
@@ -165,6 +168,7 @@ def run_predict(options: argparse.Namespace) -> int:
             numbers = ", ".join(f"{k} {name}" for k, name in enumerate(trained.plan.class_names, start=1))
             console.print(f"values of the label map: 0 none, {numbers}")
     console.print(f"wrote {options.out} with checkpoint {trained.checkpoint}")
+    _tell_cache(options, console)
     _print_json(
         options, {"out": str(options.out), "regions": [r.name for r in regions], "checkpoint": trained.checkpoint}
     )
@@ -183,7 +187,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
             prediction=options.pred,
             which=options.checkpoint,
             device=options.device,
-            cache=_cache(options, console),
+            cache=_cache(options),
             progress=progress,
         )
     out = options.out or run / "scores.json"
@@ -207,7 +211,7 @@ def run_report(options: argparse.Namespace) -> int:
     """Write the page of a run."""
     console = terminal.make_console(quiet=options.quiet)
     out = options.out or options.run / "report.html"
-    write_report(options.run, out, options.scores)
+    write_report(options.run, out, options.scores, options.cache)
     console.print(f"wrote {out}")
     _print_json(options, {"report": str(out)})
     return EXIT_OK
@@ -266,10 +270,16 @@ def _only_run() -> Path:
     return runs[0]
 
 
-def _cache(options: argparse.Namespace, console: Console) -> Path:
+def _cache(options: argparse.Namespace) -> Path:
     cache: Path = options.cache or default_cache()
-    console.print(f"code cache {cache} (deleting it is always safe)", style="dim")
     return cache
+
+
+def _tell_cache(options: argparse.Namespace, console: Console) -> None:
+    """Say, at the end, where the code cache is and how large."""
+    cache = _cache(options)
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    console.print(f"code cache {cache}, {size / 2**20:.0f} MiB (deleting it is always safe)", style="dim")
 
 
 @contextmanager

@@ -253,7 +253,6 @@ BAD_LABELS: list[Any] = [
         without_scale,
         "scale",
         id="no scale",
-        marks=pytest.mark.xfail(reason="store/metadata.py takes a level without scale for 1 nm", strict=True),
     ),
 ]
 

@@ -81,7 +81,7 @@ def snapshot(out: Path) -> dict[str, bytes]:
 
 
 def region(place: Path, number: int = 1) -> Region:
-    return crop_regions(open_run(place / "run", "last").plan, open_dataset(place / "data"), str(number))[0]
+    return crop_regions(open_run(place / "run", "last").plan.split, open_dataset(place / "data"), str(number))[0]
 
 
 # ---- the same labels ----------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_blocks_never_share_a_chunk(place: Path, trained: Trained, tmp_path: Pat
 
 
 def test_a_crop_comes_back_on_its_own_grid_as_ome_zarr(place: Path, trained: Trained, tmp_path: Path) -> None:
-    regions = crop_regions(trained.plan, open_dataset(place / "data"), "all")
+    regions = crop_regions(trained.plan.split, open_dataset(place / "data"), "all")
     predict_regions(trained, regions, tmp_path / "out")
     for one in regions:
         for name in NAMES:
@@ -343,13 +343,13 @@ def test_prediction_uses_the_averaged_weights(place: Path, trained: Trained) -> 
 
 def test_crops_are_chosen_by_number_or_by_side(place: Path, trained: Trained) -> None:
     dataset = open_dataset(place / "data")
-    assert [r.name for r in crop_regions(trained.plan, dataset, "all")] == ["demo/crop1", "demo/crop2"]
-    assert [r.name for r in crop_regions(trained.plan, dataset, "2")] == ["demo/crop2"]
-    assert [r.name for r in crop_regions(trained.plan, dataset, "1, 2")] == ["demo/crop1", "demo/crop2"]
+    assert [r.name for r in crop_regions(trained.plan.split, dataset, "all")] == ["demo/crop1", "demo/crop2"]
+    assert [r.name for r in crop_regions(trained.plan.split, dataset, "2")] == ["demo/crop2"]
+    assert [r.name for r in crop_regions(trained.plan.split, dataset, "1, 2")] == ["demo/crop1", "demo/crop2"]
     validating = {r.crop for r in trained.plan.split.validate}
-    assert {r.name for r in crop_regions(trained.plan, dataset, "validate")} == validating
+    assert {r.name for r in crop_regions(trained.plan.split, dataset, "validate")} == validating
     with pytest.raises(DataError, match="no crop9"):
-        crop_regions(trained.plan, dataset, "1,9")
+        crop_regions(trained.plan.split, dataset, "1,9")
 
 
 def test_a_label_map_shows_atoms_over_composites_and_the_threshold_counts_as_present() -> None:

@@ -34,18 +34,21 @@ class CodeTable:
 
 
 def build_loss(plan: Plan) -> Callable[[list[Tensor], Tensor, Tensor], Tensor]:
-    """Return the function (logits finest first, target, known) -> scalar; coarser logits weigh half as much each."""
+    """Return the function (logits finest first, target, known) -> scalar."""
     weights = torch.tensor([plan.class_weights[name] for name in plan.class_names])
+    return lambda logits, target, known: supervised_loss(logits, target, known, plan.loss, weights.to(target.device))
 
-    def loss(logits: list[Tensor], target: Tensor, known: Tensor) -> Tensor:
-        total = logits[0].new_zeros((), dtype=torch.float32)
-        for level, out in enumerate(logits):
-            if level > 0:
-                target, known = _shrink(target, known, out)
-            total = total + 0.5**level * masked_loss(out, target, known, plan.loss, weights.to(out.device))
-        return total / sum(0.5**level for level in range(len(logits)))
 
-    return loss
+def supervised_loss(
+    logits: list[Tensor], target: Tensor, known: Tensor, loss: Loss, class_weights: Tensor
+) -> Tensor:
+    """Return the mean of the losses of all logits, finest first; each coarser one weighs half as much."""
+    total = logits[0].new_zeros((), dtype=torch.float32)
+    for level, out in enumerate(logits):
+        if level > 0:
+            target, known = _shrink(target, known, out)
+        total = total + 0.5**level * masked_loss(out, target, known, loss, class_weights)
+    return total / sum(0.5**level for level in range(len(logits)))
 
 
 def masked_loss(logits: Tensor, target: Tensor, known: Tensor, loss: Loss, class_weights: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoseg.geometry import VoxelsZYX
-from autoseg.model.losses import masked_loss
+from autoseg.model.losses import supervised_loss
 from autoseg.model.networks import UShape
 from autoseg.schema import Loss, Network
 
@@ -68,7 +68,7 @@ def _trace(
         def step() -> None:
             with torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"):
                 logits: list[Tensor] = model(image)
-            masked_loss(logits[0], target, target, loss, weights).backward()  # type: ignore[no-untyped-call]
+            supervised_loss(logits, target, target, loss, weights).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
 

@@ -65,7 +65,7 @@ def choose_preset(draft: Draft) -> Choice:
     """Return the named augmentation."""
     z, y, x = draft["voxel_size_nm"]
     if (draft["budget_s"] or 0) < 300 and draft["device"] == "cpu":
-        return Choice("light", "a run under 5 minutes: strong augmentation still underfits", "measured on VNC, CPU")
+        return Choice("light", "a run under 5 minutes: strong augmentation scored .007 less on VNC, within noise", "measured once, 3 minutes")
     if z / min(y, x) >= ANISOTROPY_OF_SECTIONS:
         return Choice("sstem", f"sections of {z:g} nm: each has contrast and defects of its own", "EM practice")
     return Choice("fib-sem", "near-isotropic voxels: noise, blur and drift, any orientation", "EM practice")
@@ -83,7 +83,7 @@ def choose_augmentation_field(draft: Draft, field: str) -> Choice:
 def choose_learning_rate(draft: Draft) -> Choice:
     """Return the peak learning rate."""
     if draft["device"] == "cpu" and draft["dimensions"] != "3d":
-        return Choice(3e-3, "small batch-normalised networks and short runs", "measured on VNC, CPU")
+        return Choice(3e-3, "small batch-normalised networks and short runs", "unmeasured; a hand-made recipe's")
     return Choice(1e-3, "AdamW with warm-up", "common in EM (BANIS, DeepEM)")
 
 
@@ -99,7 +99,7 @@ def choose_clip(_: Draft) -> Choice:
 
 def choose_ema(_: Draft) -> Choice:
     """Return the decay of the averaged weights, which validation and prediction use."""
-    return Choice(0.999, "free, and steadies every checkpoint before the rate has fallen", "measured on VNC, CPU")
+    return Choice(0.999, "free; steadies checkpoints before the rate has fallen, at the end +.002 Dice on VNC, within noise", "measured once")
 
 
 def choose_num_steps(_: Draft) -> Choice:
@@ -112,8 +112,10 @@ def choose_schedule(_: Draft) -> Choice:
     return Choice("warmup_cosine", "per step, ends at zero exactly when the budget ends", "common practice")
 
 
-def choose_warmup(_: Draft) -> Choice:
+def choose_warmup(draft: Draft) -> Choice:
     """Return the share of the run that warms up."""
+    if draft["schedule.kind"] == "one_cycle":
+        return Choice(0.3, "one cycle climbs for a third of the run", "Smith and Topin 2018")
     return Choice(0.05, "short, and certain to be left", "origin experiments never left theirs")
 
 
@@ -157,7 +159,7 @@ def choose_mirrors(draft: Draft) -> Choice:
     """Return the axes that prediction mirrors and averages over."""
     if not draft["augmentation.flip"]:
         return Choice((), "training did not mirror", "augmentation.flip")
-    return Choice(("y", "x"), "EM has no up: four copies in the plane", "test-time averaging")
+    return Choice(("y", "x"), "EM has no up; with right angles, copies gained .001 to .010 Dice in 6 of 6 runs", "measured on VNC")
 
 
 def choose_transpose(draft: Draft) -> Choice:

@@ -16,7 +16,7 @@ from autoseg.data.formats import open_volume
 from autoseg.data.writer import write_em
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX
-from autoseg.schema import Plan
+from autoseg.schema import Plan, Split
 
 
 class Region(NamedTuple):
@@ -27,9 +27,9 @@ class Region(NamedTuple):
     grid: Grid
 
 
-def crop_regions(plan: Plan, dataset: Dataset, which: str) -> list[Region]:
-    """Return the crops named by `validate`, `all` or crop numbers such as "3,7"."""
-    validate = {region.crop for region in plan.split.validate}
+def crop_regions(split: Split, dataset: Dataset, which: str) -> list[Region]:
+    """Return the crops named by `validate`, `all` or crop numbers such as "3,7"; `split` is the one the run used."""
+    validate = {region.crop for region in split.validate}
     if which == "validate":
         chosen = [crop for crop in dataset.crops if crop.name in validate]
         if not chosen:

@@ -25,7 +25,7 @@ from autoseg.data.synthetic import ATOMS, synthesize
 from autoseg.data.writer import ImportRequest
 from autoseg.errors import DataError
 from autoseg.geometry import Box, NmZYX, VoxelsZYX
-from autoseg.metrics.overlap import Counts, mean, ratios
+from autoseg.metrics.overlap import Counts, ratios
 from autoseg.plan import fingerprint, make_plan, probe_hardware
 from autoseg.recipes.training import train_on
 from autoseg.recipes.validate import evaluate_run
@@ -40,7 +40,6 @@ COMPOSITES: dict[str, tuple[str, ...]] = {
 EVERY_CLASS = (*ATOMS, *COMPOSITES)
 CUBIC: NmZYX = (8.0, 8.0, 8.0)
 SECTIONS: NmZYX = (40.0, 8.0, 8.0)
-BUDGET_S = 75.0
 NUM_GREYS = 256
 
 
@@ -79,7 +78,7 @@ def run_demo(
     observer: Observer | None = None,
     tell: Callable[[str], None] = lambda text: None,
     planned: Callable[[Plan], None] = lambda plan: None,
-    budget_s: float = BUDGET_S,
+    budget_s: float,
 ) -> Demo:
     """Do the main job in `folder`; finished parts are kept, so the same command goes on where it stopped."""
     cache = default_cache()
@@ -166,8 +165,3 @@ def _counts(histogram: np.ndarray[tuple[int, int], np.dtype[np.int64]], bright: 
     inside = slice(cut, None) if bright else slice(None, cut)
     fp, tp = (int(histogram[state, inside].sum()) for state in (0, 1))
     return Counts(tp, fp, int(histogram[1].sum()) - tp)
-
-
-def mean_of(dice: Mapping[str, float | None]) -> float | None:
-    """Return the mean over the classes that have a value."""
-    return mean(list(dice.values()))

@@ -27,7 +27,7 @@ def dev_run(plan: Plan, data: Path, *, device: str, cache: Path) -> Iterator[str
         yield f"step, validation and checkpoint work ({time.perf_counter() - start:.1f} s)"
         start = time.perf_counter()
         trained = open_run(run, "last", device)
-        region = crop_regions(plan, open_dataset(data), "all")[0]
+        region = crop_regions(plan.split, open_dataset(data), "all")[0]
         tile = trained.predictor.tile(region.grid.shape_zyx)
         shape = tuple(min(n, t) for n, t in zip(region.grid.shape_zyx, tile, strict=True))
         corner = region.grid.crop(Box((0, 0, 0), (shape[0], shape[1], shape[2])))

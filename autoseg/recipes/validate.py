@@ -52,7 +52,7 @@ def evaluate_run(
         trained = open_run(run, which, device)
         prediction = run / "predictions" / f"{_key(data)}-{sha256(facts)[:8]}-{trained.identity[:8]}.zarr"
         numbers = ",".join(name.rsplit("/", 1)[1].removeprefix("crop") for name in boxes)
-        regions = [r for r in crop_regions(plan, dataset, numbers) if r.name in boxes]
+        regions = [r for r in crop_regions(plan.split, dataset, numbers) if r.name in boxes]
         predict_regions(trained, regions, prediction, progress=progress)
         checkpoint = trained.checkpoint
     known = {entry.name for entry in facts.classes}

@@ -20,6 +20,7 @@ class Artifacts(NamedTuple):
     """The files of one run; what is not there is None or empty. `written` is when the newest was written."""
 
     run: Path
+    cache: Path
     plan: Plan
     facts: Fingerprint | None
     scores: Scores | None
@@ -41,7 +42,7 @@ class Artifacts(NamedTuple):
         return str(paths[-1]) if paths and isinstance(paths[-1], str) else None
 
 
-def read_artifacts(run: Path, scores: Path | None) -> Artifacts:
+def read_artifacts(run: Path, scores: Path | None, cache: Path) -> Artifacts:
     """Read a run; DataError if it has no plan. Without `scores` it is the run's own scores.json, if there."""
     plan_path = run / "plan.json"
     if not plan_path.is_file():
@@ -53,6 +54,7 @@ def read_artifacts(run: Path, scores: Path | None) -> Artifacts:
     files = [plan_path, fingerprint, run / "log.jsonl", *([scores] if scores else [])]
     return Artifacts(
         run=run,
+        cache=cache,
         plan=load_as(plan_path, Plan),
         facts=load_as(fingerprint, Fingerprint) if fingerprint.is_file() else None,
         scores=load_as(scores, Scores) if scores else None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from autoseg.data.codes import default_cache
 from autoseg.report.artifacts import Artifacts, read_artifacts
 from autoseg.report.decisions import fingerprint_section, plan_section
 from autoseg.report.html import Html, el, join
@@ -18,12 +19,12 @@ from autoseg.schema import write_atomically
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write_report(run: Path, out: Path, scores: Path | None) -> None:
+def write_report(run: Path, out: Path, scores: Path | None, cache: Path | None = None) -> None:
     """Write the page of a run to `out`; without `scores` it shows RUN/scores.json, or says how to make it.
 
     DataError if `run` holds no plan.json. Images of crops whose data is gone are left out, with a remark.
     """
-    page = render(read_artifacts(run, scores))
+    page = render(read_artifacts(run, scores, cache or default_cache()))
     write_atomically(out, page.encode())
 
 

@@ -211,7 +211,7 @@ def _read(artifacts: Artifacts, crop: CropScore, names: list[str]) -> Section:
         named = shown(scores.prediction) if scores.prediction else "the prediction"
         raise DataError(named, "is not there any more", "evaluate the run again to predict it")
     box = next(row.box_zyx for row in scores.rows if row.crop == crop.name)
-    return read_section(dataset, crop.name, names, prediction, Region(crop=crop.name, box_zyx=box))
+    return read_section(dataset, crop.name, names, prediction, Region(crop=crop.name, box_zyx=box), artifacts.cache)
 
 
 def _dataset(artifacts: Artifacts, scores: Scores) -> Dataset:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from autoseg.data import store
 from autoseg.data.classes import PRESENT, UNKNOWN, Logic
-from autoseg.data.codes import CropCodes, default_cache, open_codes
+from autoseg.data.codes import CropCodes, open_codes
 from autoseg.data.dataset import Crop, Dataset
 from autoseg.data.em import EmReader
 from autoseg.errors import DataError
@@ -37,10 +37,12 @@ class Section(NamedTuple):
     partial: bool
 
 
-def read_section(dataset: Dataset, name: str, classes: Sequence[str], prediction: Path, scored: Region) -> Section:
+def read_section(
+    dataset: Dataset, name: str, classes: Sequence[str], prediction: Path, scored: Region, cache: Path
+) -> Section:
     """Return the section with most annotated foreground of the region that was scored."""
     crop = dataset.crop(name)
-    codes = open_codes(crop, crop.grid.voxel_size_nm, default_cache())
+    codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
     logic = Logic(dataset.table)
     states, _ = logic.complete(logic.rows(codes.states_CK, codes.names))
     states = states[:, logic.columns(classes)]

@@ -19,7 +19,7 @@ LINES_EVERY_S = 10.0
 
 def make_console(*, quiet: bool = False) -> Console:
     """Return the console for people: stderr, so that stdout stays for --json."""
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=False)
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -3,6 +3,7 @@
 from autoseg.schema.checks import check_plan
 from autoseg.schema.events import Observer, Outcome, StepResult, ValidationScore
 from autoseg.schema.files import (
+    AnyArtifact,
     decode,
     encode,
     explain,
@@ -14,41 +15,37 @@ from autoseg.schema.files import (
     sha256,
     write_atomically,
 )
-from autoseg.schema.records import (
-    SCHEMA_VERSION,
-    AnyArtifact,
-    Artifact,
-    Augmentation,
-    CheckpointHeader,
+from autoseg.schema.facts import (
     ClassCount,
     ClassEntry,
-    ClassScore,
     ClassTable,
     CropFacts,
-    Decode,
     Fingerprint,
     Gpu,
     Hardware,
-    Head,
     Intensity,
     LeftOut,
+    VolumeFacts,
+)
+from autoseg.schema.plans import (
+    Augmentation,
+    Decode,
+    Head,
     Loss,
     Network,
     Normalization,
     Optimizer,
     Plan,
     Reason,
-    Record,
     Region,
     Sampling,
     Schedule,
-    ScoreRow,
-    Scores,
     SlidingWindow,
     Split,
     Validation,
-    VolumeFacts,
 )
+from autoseg.schema.records import SCHEMA_VERSION, Artifact, Record
+from autoseg.schema.results import CheckpointHeader, ClassScore, ScoreRow, Scores
 
 __all__ = [
     "SCHEMA_VERSION",

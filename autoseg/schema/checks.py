@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from autoseg.errors import PlanError
-from autoseg.schema.records import Plan
+from autoseg.schema.plans import Plan
 
 
 def check_plan(plan: Plan, where: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from autoseg.schema.records import Plan
+from autoseg.schema.plans import Plan
 
 
 class StepResult(NamedTuple):

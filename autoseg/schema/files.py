@@ -16,8 +16,12 @@ from typing import Any, TypeVar, get_args
 import msgspec
 
 from autoseg.errors import PlanError
-from autoseg.schema.records import SCHEMA_VERSION, AnyArtifact, Artifact, Record
+from autoseg.schema.facts import ClassTable, Fingerprint, Hardware
+from autoseg.schema.plans import Plan
+from autoseg.schema.records import SCHEMA_VERSION, Artifact, Record
+from autoseg.schema.results import CheckpointHeader, Scores
 
+AnyArtifact = ClassTable | Fingerprint | Hardware | Plan | CheckpointHeader | Scores
 A = TypeVar("A", bound=Artifact)
 
 

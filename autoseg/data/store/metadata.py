@@ -71,6 +71,8 @@ def _level(path: Path, dataset: dict[str, Any], common: list[Any], to_nm: list[f
             scale, translation = scale * factor, translation * factor
         elif transform["type"] == "translation":
             translation = translation + np.asarray(transform["translation"], float)
+    if not any(t["type"] == "scale" for t in [*dataset["coordinateTransformations"], *common]):
+        raise DataError(path, f"level {dataset['path']} has no scale", "add its voxel size to the multiscales metadata")
     if scale.shape != (3,) or not np.isfinite(scale).all() or not (scale > 0).all():
         raise DataError(path, f"scale {scale.tolist()}", "a voxel size is three positive numbers (z, y, x)")
     if translation.shape != (3,) or not np.isfinite(translation).all():

@@ -1,0 +1,116 @@
+"""What a planner may know: classes, a data set and a machine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from autoseg.geometry import Grid, NmZYX, VoxelsZYX
+from autoseg.schema.records import Artifact, Record
+
+
+class ClassEntry(Record, frozen=True, kw_only=True):
+    """One class: an atom, or a composite that is present exactly where one of its components is."""
+
+    name: str
+    id: int | None = None
+    components: tuple[str, ...] = ()
+    instance: bool = False
+
+
+class ClassTable(Artifact, frozen=True, kw_only=True, tag="class_table"):
+    """Classes and which groups of them exclude each other in a voxel."""
+
+    classes: tuple[ClassEntry, ...]
+    disjoint: tuple[tuple[str, ...], ...] = ()
+
+
+class Intensity(Record, frozen=True, kw_only=True):
+    """Grey values of one EM volume, from a seeded sample of its stored chunks."""
+
+    minimum: float
+    p0_5: float
+    p50: float
+    p99_5: float
+    maximum: float
+    mean: float
+    sd: float
+    num_voxels: int
+
+
+class VolumeFacts(Record, frozen=True, kw_only=True):
+    """One EM volume: its finest level, and its grey values."""
+
+    name: str
+    path: str
+    dtype: str
+    shape_zyx: VoxelsZYX
+    voxel_size_nm: NmZYX
+    intensity: Intensity
+    stored_fraction: float
+
+
+class ClassCount(Record, frozen=True, kw_only=True):
+    """Voxels of one crop by what is known of one class."""
+
+    absent: int
+    present: int
+    unknown: int
+
+
+class CropFacts(Record, frozen=True, kw_only=True):
+    """One annotated box, `dataset/cropN`, and what its annotation holds for each class."""
+
+    name: str
+    volume: str
+    shape_zyx: VoxelsZYX
+    voxel_size_nm: NmZYX
+    origin_nm: NmZYX
+    split: Literal["train", "validate"] | None
+    annotated: tuple[str, ...]
+    counts: dict[str, ClassCount]
+    conflicts: int = 0
+
+    @property
+    def grid(self) -> Grid:
+        """Where the annotation lies."""
+        return Grid(self.shape_zyx, self.voxel_size_nm, self.origin_nm)
+
+
+class LeftOut(Record, frozen=True, kw_only=True):
+    """A crop that could not be used, and why."""
+
+    name: str
+    why: str
+
+
+class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
+    """What a planner may know of a data set."""
+
+    volumes: tuple[VolumeFacts, ...]
+    crops: tuple[CropFacts, ...]
+    classes: tuple[ClassEntry, ...]
+    disjoint: tuple[tuple[str, ...], ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+
+class Gpu(Record, frozen=True, kw_only=True):
+    """One accelerator."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    bf16: bool
+    fp16: bool = True
+
+
+class Hardware(Artifact, frozen=True, kw_only=True, tag="hardware"):
+    """What a planner may know of a machine; `conv_gflops` is measured, by precision, or None."""
+
+    name: str
+    gpus: tuple[Gpu, ...]
+    cpu_name: str
+    cpu_threads: int
+    cpu_bf16: bool
+    ram_bytes: int
+    shm_bytes: int
+    conv_gflops: dict[str, float] | None = None

@@ -1,0 +1,192 @@
+"""A plan: every decision of one training run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from autoseg.geometry import Box, NmZYX, VoxelsZYX
+from autoseg.schema.facts import ClassEntry, Hardware
+from autoseg.schema.records import Artifact, Record
+
+
+class Reason(Record, frozen=True, kw_only=True):
+    """Why one field of the plan has its value, and where that rule comes from."""
+
+    field: str
+    because: str
+    source: str
+
+
+class Region(Record, frozen=True, kw_only=True):
+    """A crop, or a box of it in voxels of its labels."""
+
+    crop: str
+    box_zyx: tuple[VoxelsZYX, VoxelsZYX] | None = None
+
+    def box(self, shape_zyx: VoxelsZYX) -> Box:
+        """Return the box in voxels of the labels; the whole crop if none is given."""
+        return Box(*self.box_zyx) if self.box_zyx else Box.whole(shape_zyx)
+
+
+class Split(Record, frozen=True, kw_only=True):
+    """Regions to learn from and regions to choose checkpoints by; a voxel is never in both."""
+
+    train: tuple[Region, ...]
+    validate: tuple[Region, ...]
+    rule: Literal["datasplit", "volumes", "crops", "box", "user"]
+
+
+class Network(Record, frozen=True, kw_only=True):
+    """A U-shaped network, level 0 finest; `strides_zyx[i]` leads from level i to level i + 1."""
+
+    kind: Literal["unet", "resunet", "rsunet"]
+    features: tuple[int, ...]
+    kernels_zyx: tuple[VoxelsZYX, ...]
+    strides_zyx: tuple[VoxelsZYX, ...]
+    norm: Literal["batch", "group", "instance"]
+    deep_supervision: bool
+
+
+class Head(Record, frozen=True, kw_only=True):
+    """One output of the network: a sigmoid channel for each class."""
+
+    name: str
+    classes: tuple[str, ...]
+
+
+class Loss(Record, frozen=True, kw_only=True):
+    """A weighted sum of terms over known voxels; a kind is a named set of these weights."""
+
+    kind: Literal["bce", "dice", "dice_bce", "focal", "focal_dice", "tversky"]
+    bce_weight: float
+    dice_weight: float
+    focal_weight: float
+    tversky_weight: float
+    focal_gamma: float
+    tversky_alpha: float
+    tversky_beta: float
+    smooth: float
+
+
+class Sampling(Record, frozen=True, kw_only=True):
+    """How patches are drawn: a share of them centred on a voxel of a class, classes by turn at random."""
+
+    class_centred_fraction: float
+    crops_per_step: int
+
+
+class Normalization(Record, frozen=True, kw_only=True):
+    """Grey value to network input: by the range of the dtype, or by mean and sd of each volume."""
+
+    kind: Literal["dtype", "volume"]
+
+
+class Augmentation(Record, frozen=True, kw_only=True):
+    """A named set of parameters, written out; lengths in voxels of the patch, angles in degrees."""
+
+    preset: Literal["none", "flips", "light", "fib-sem", "sstem"]
+    flip: bool
+    right_angles: bool
+    transpose_z: bool
+    rotation_probability: float
+    rotation_degrees: float
+    scale_probability: float
+    scale_range: tuple[float, float]
+    elastic_probability: float
+    elastic_sigma: float
+    elastic_magnitude: float
+    contrast_probability: float
+    contrast_range: tuple[float, float]
+    brightness_sd: float
+    gamma_probability: float
+    gamma_range: tuple[float, float]
+    noise_probability: float
+    noise_sd_max: float
+    blur_probability: float
+    blur_sigma_range: tuple[float, float]
+    missing_section_probability: float
+
+
+class Optimizer(Record, frozen=True, kw_only=True):
+    """AdamW; `num_steps` None means: as many as `budget_s` allows, fixed before step 1."""
+
+    kind: Literal["adamw"]
+    learning_rate: float
+    weight_decay: float
+    gradient_clip_norm: float
+    ema_decay: float
+    num_steps: int | None
+
+
+class Schedule(Record, frozen=True, kw_only=True):
+    """Learning rate over steps; warm-up first."""
+
+    kind: Literal["warmup_cosine", "one_cycle", "poly", "constant"]
+    warmup_fraction: float
+
+
+class SlidingWindow(Record, frozen=True, kw_only=True):
+    """Inference windows, blended by a Gaussian; mirrored copies are averaged."""
+
+    tile_zyx: VoxelsZYX
+    overlap: float
+    batch_size: int
+    mirror_axes: tuple[Literal["z", "y", "x"], ...]
+    transpose_yx: bool
+
+
+class Decode(Record, frozen=True, kw_only=True):
+    """Probability to label."""
+
+    thresholds: dict[str, float]
+
+
+class Validation(Record, frozen=True, kw_only=True):
+    """How often the validation regions are predicted whole, and which differences of their Dice are noise."""
+
+    num_rounds: int
+    tolerance: float
+
+
+class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
+    """Every decision of one training run, each with its reason."""
+
+    name: str
+    fingerprint_sha256: str
+    hardware: Hardware
+    device: Literal["cpu", "cuda"]
+    classes: tuple[ClassEntry, ...]
+    disjoint: tuple[tuple[str, ...], ...]
+    split: Split
+    voxel_size_nm: NmZYX
+    patch_size_zyx: VoxelsZYX
+    input_slices: int
+    batch_size: int
+    accumulate_batches: int
+    num_workers: int
+    num_threads: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    network: Network
+    heads: tuple[Head, ...]
+    loss: Loss
+    class_weights: dict[str, float]
+    sampling: Sampling
+    normalization: Normalization
+    init: str | None
+    augmentation: Augmentation
+    optimizer: Optimizer
+    schedule: Schedule
+    validation: Validation
+    budget_s: float | None
+    sliding_window: SlidingWindow
+    decode: Decode
+    predicted_memory_bytes: int
+    predicted_ram_bytes: int
+    predicted_step_s: float | None
+    seed: int
+    reasons: tuple[Reason, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the network's channels."""
+        return tuple(entry.name for entry in self.classes)

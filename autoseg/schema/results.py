@@ -1,0 +1,55 @@
+"""What a run leaves: checkpoints and scores."""
+
+from __future__ import annotations
+
+import msgspec
+
+from autoseg.geometry import VoxelsZYX
+from autoseg.schema.records import Artifact, Record
+
+
+class CheckpointHeader(Artifact, frozen=True, kw_only=True, tag="checkpoint"):
+    """What the tensors beside it belong to."""
+
+    plan_sha256: str
+    step: int
+    mean_dice: float | None
+    best_mean_dice: float | None
+    best_step: int | None
+    grad_scale: float | None
+    grad_scale_growth: int
+    sha256: dict[str, str]
+
+
+class ScoreRow(Record, frozen=True, kw_only=True):
+    """Counts of voxels for one crop and class, over known voxels only, inside a box if one is given."""
+
+    crop: str
+    class_: str = msgspec.field(name="class")
+    tp: int
+    fp: int
+    fn: int
+    box_zyx: tuple[VoxelsZYX, VoxelsZYX] | None = None
+
+
+class ClassScore(Record, frozen=True, kw_only=True):
+    """Ratios of pooled counts; None where there is nothing to divide."""
+
+    dice: float | None
+    iou: float | None
+    precision: float | None
+    recall: float | None
+
+
+class Scores(Artifact, frozen=True, kw_only=True, tag="scores"):
+    """Counts by crop and class, and what follows from them."""
+
+    metric: str
+    rows: tuple[ScoreRow, ...]
+    per_class: dict[str, ClassScore]
+    mean_dice: float | None
+    mean_iou: float | None
+    run: str | None = None
+    checkpoint: str | None = None
+    data: str | None = None
+    prediction: str | None = None
