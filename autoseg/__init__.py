@@ -14,7 +14,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      rules_data.py · rules_network.py · rules_training.py (value, because, source)
     ├── train/             DOING IT
     │                      patches.py (batch of step s) · augment.py · loader.py · step.py · schedule.py
-    │                      validation.py · budget.py · loop.py · journal.py · signals.py
+    │                      validation.py · thresholds.py · budget.py · loop.py · journal.py · signals.py
     ├── predict/           USING IT
     │                      volumes.py (what) · blocks.py (how) · decode.py · export.py (TIFF, HDF5)
     ├── evaluate/          HOW GOOD IT IS
@@ -34,7 +34,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      formats/ (the only door to TIFF, HDF5, ...): volume.py readers.py writers.py pairing.py
     │
     ├── schema/            every artifact as a frozen record
-    │                      records.py · files.py · checks.py · events.py
+    │                      records.py · facts.py · plans.py · results.py · files.py · checks.py · events.py
     ├── geometry.py        boxes, grids, tiles; lengths in nm
     └── errors.py          DataError, PlanError, CheckpointError
 """

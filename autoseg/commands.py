@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,6 +158,8 @@ def run_predict(options: argparse.Namespace) -> int:
         if options.crops:
             raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
         regions = [file_region(trained.plan, options.volume, cache / "em")]
+        size = " x ".join(f"{v:g}" for v in regions[0].grid.voxel_size_nm)
+        console.print(f"voxels of {size} nm (the plan's, if the file declares none)")
     if options.roi_nm:
         regions = [cut_roi(region, [to_interval(text) for text in options.roi_nm]) for region in regions]
     zarr = options.out.with_name(f".{options.out.name}.zarr") if to_file else options.out
@@ -164,6 +168,8 @@ def run_predict(options: argparse.Namespace) -> int:
     if to_file:
         export_labels(zarr, regions[0].grid, trained.plan, options.out, probabilities=options.probabilities)
         shutil.rmtree(zarr, ignore_errors=True)
+        if regions[0].em.is_relative_to(cache):
+            shutil.rmtree(regions[0].em, ignore_errors=True)
         if options.out.suffix.lower() in (".tif", ".tiff"):
             numbers = ", ".join(f"{k} {name}" for k, name in enumerate(trained.plan.class_names, start=1))
             console.print(f"values of the label map: 0 none, {numbers}")
@@ -231,7 +237,7 @@ def run_demo(options: argparse.Namespace) -> int:
         )
     finally:
         view.close()
-    if not demo.by_threshold:
+    if demo is None:
         console.print("stopped; the same command goes on")
         return EXIT_STOPPED
     title = "Dice on a volume that the run never saw, beside the best grey-value threshold per class"
@@ -278,7 +284,11 @@ def _cache(options: argparse.Namespace) -> Path:
 def _tell_cache(options: argparse.Namespace, console: Console) -> None:
     """Say, at the end, where the code cache is and how large."""
     cache = _cache(options)
-    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    size = 0
+    for folder, _, files in os.walk(cache / "codes"):
+        for name in files:
+            with contextlib.suppress(OSError):
+                size += os.stat(os.path.join(folder, name)).st_size
     console.print(f"code cache {cache}, {size / 2**20:.0f} MiB (deleting it is always safe)", style="dim")
 
 

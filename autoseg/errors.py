@@ -11,7 +11,7 @@ class AutosegError(Exception):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[type["AutosegError"], tuple[str, str, str]]:
-        """Pickle by parts, so that a loader process can hand the error to its parent."""
+        """Pickle by parts, so that a loader process can return the error to its parent."""
         return type(self), (self.where, self.what, self.remedy)
 
 

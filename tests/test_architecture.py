@@ -13,7 +13,7 @@ import pytest
 import autoseg
 
 PACKAGE = Path(autoseg.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 VERBS = ("plan", "train", "predict", "evaluate", "report")
 # A third-party library and the only modules (or packages) that may import it.

@@ -181,12 +181,12 @@ def test_what_a_warp_brings_in_from_outside_is_unknown() -> None:
 @given(st.integers(0, 2**32 - 1), st.sampled_from(PRESETS))
 def test_the_same_seed_gives_the_same_patch_and_global_generators_keep_their_state(seed: int, name: str) -> None:
     random.seed(5)
-    np.random.seed(5)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    np.random.seed(5)
+    before = random.getstate(), np.random.get_state()
     plan = msgspec.structs.replace(SETS[name], rotation_probability=0.5, noise_probability=0.5, blur_probability=0.5)
     first = run(plan, (2, 16, 16), seed)
     assert random.getstate() == before[0]
-    after: Any = np.random.get_state()  # noqa: NPY002
+    after: Any = np.random.get_state()
     assert all(np.array_equal(a, b) for a, b in zip(before[1], after, strict=True))
     random.seed(99)
     again = run(plan, (2, 16, 16), seed)
@@ -198,12 +198,12 @@ def test_global_generators_are_restored_when_augmentation_fails(monkeypatch: pyt
         raise RuntimeError("no")
 
     monkeypatch.setattr("autoseg.train.augment.augment_gaussian_noise", fail)
-    np.random.seed(5)  # noqa: NPY002
-    expected = np.random.random()  # noqa: NPY002
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
+    expected = np.random.random()
+    np.random.seed(5)
     with pytest.raises(RuntimeError):
         run(msgspec.structs.replace(SETS["none"], noise_probability=1.0), (1, 8, 8), 0)
-    assert np.random.random() == expected  # noqa: NPY002
+    assert np.random.random() == expected
 
 
 def test_a_thin_or_anisotropic_patch_is_warped_within_its_sections() -> None:

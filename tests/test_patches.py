@@ -57,7 +57,7 @@ def test_a_batch_depends_on_plan_and_step_alone(place: tuple[Path, Path], preset
     plan = tiny_plan(*place, {"augmentation.preset": preset})
     straight = list(itertools.islice(batches(plan, place[0], cache=place[1]), 6))
     random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     torch.manual_seed(1)
     late = list(itertools.islice(batches(plan, place[0], start_step=4, cache=place[1]), 2))
     assert same(straight[4], late[0])
@@ -98,9 +98,9 @@ def test_ctrl_c_is_for_the_process_that_saves_not_for_its_workers(monkeypatch: p
 def test_any_step_gives_a_whole_batch_and_leaves_global_generators_alone(place: tuple[Path, Path], step: int) -> None:
     plan = tiny_plan(*place, {"accumulate_batches": 2, "augmentation.preset": "sstem"})
     random.seed(7)
-    np.random.seed(7)  # noqa: NPY002
+    np.random.seed(7)
     torch.manual_seed(7)
-    before: tuple[Any, Any, Any] = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index, union-attr]  # noqa: NPY002
+    before: tuple[Any, Any, Any] = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index, union-attr]
     batch = sampler(plan, place).batch(step)
     assert batch.image_BCZYX.shape == (4, 1, 1, 32, 32)
     assert batch.codes_BZYX.shape == (4, 1, 32, 32)
@@ -109,7 +109,7 @@ def test_any_step_gives_a_whole_batch_and_leaves_global_generators_alone(place: 
     assert int(batch.codes_BZYX.min()) >= 0
     assert int(batch.codes_BZYX.max()) < len(batch.states_CK)
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index, union-attr]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index, union-attr]
     assert torch.equal(torch.get_rng_state(), before[2])
 
 

@@ -13,6 +13,7 @@ A class folder means: annotated in this crop (and absent where 0). No folder mea
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def open_dataset(data: Path) -> Dataset:
         try:
             crops.append(_open_crop(row))
         except AutosegError as error:
-            left_out.append(LeftOut(name=row.name, why=str(error)))
+            left_out.append(LeftOut(name=row.name, why=str(error).replace(f"{root}{os.sep}", "")))
     if len(left_out) > MAX_LEFT_OUT_SHARE * len(rows):
         first = "; ".join(item.why for item in left_out[:3])
         raise DataError(data, f"{len(left_out)} of {len(rows)} crops cannot be used, first: {first}", "repair them")

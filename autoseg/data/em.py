@@ -49,7 +49,7 @@ def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensit
         start = (z * array.chunk_zyx[0], y * array.chunk_zyx[1], x * array.chunk_zyx[2])
         stop = tuple(a + c for a, c in zip(start, array.chunk_zyx, strict=True))
         box = Box(start, (stop[0], stop[1], stop[2])).clip(whole)
-        parts.append(array.read(box).ravel()[:: max(1, box.num_voxels // 2**18)])
+        parts.append(array.read(box).ravel()[:: max(1, box.num_voxels // 2**18)].copy())
     grey = np.concatenate(parts).astype(np.float64)
     if not np.isfinite(grey).all():
         raise DataError(array.path, "holds NaN or infinite grey values", "replace them by a finite value")

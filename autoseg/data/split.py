@@ -1,7 +1,7 @@
 """Which annotated voxels teach and which choose: seeded, and never the same voxel on both sides.
 
 In this order: what datasplit.csv says; whole volumes, where there are several; whole crops, where there are many;
-else a box at the end of one crop, in the plane, so that one crop is enough.
+else a box at one side of one crop, in the plane, so that one crop is enough.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autoseg.geometry import VoxelsZYX
-from autoseg.schema import Region, Split
+from autoseg.schema import CropFacts, Fingerprint, Region, Split, VolumeFacts
 
 VALIDATION_SHARE = 0.1
 MIN_CROPS_TO_HOLD_OUT_ONE = 8
@@ -20,13 +20,39 @@ BOX_STEP = 64
 
 
 class SplitCrop(NamedTuple):
-    """What the split rule looks at: where a crop is from, and its annotated voxels that hold each class."""
+    """What the split rule looks at: where a crop is from, and its annotated voxels that hold each class.
+
+    `outer_start_zyx` says for each axis whether the crop's start, rather than its end, is nearer to the end of its EM.
+    """
 
     name: str
     volume: str
     shape_zyx: VoxelsZYX
     present: Mapping[str, int]
     declared: str | None
+    outer_start_zyx: tuple[bool, bool, bool] = (False, False, False)
+
+
+def split_crops(facts: Fingerprint, classes: Sequence[str]) -> list[SplitCrop]:
+    """Return what the rule looks at of every crop of a data set."""
+    volumes = {volume.name: volume for volume in facts.volumes}
+    return [
+        SplitCrop(
+            name=crop.name,
+            volume=crop.volume,
+            shape_zyx=crop.shape_zyx,
+            present={name: crop.counts[name].present for name in classes if name in crop.counts},
+            declared=crop.split,
+            outer_start_zyx=_outer_start(crop, volumes[crop.volume]),
+        )
+        for crop in facts.crops
+    ]
+
+
+def _outer_start(crop: CropFacts, volume: VolumeFacts) -> tuple[bool, bool, bool]:
+    sides = zip(crop.grid.corner_nm, crop.grid.extent_nm, volume.shape_zyx, volume.voxel_size_nm, strict=True)
+    z, y, x = (corner < n * v - (corner + extent) for corner, extent, n, v in sides)
+    return z, y, x
 
 
 def derive_split(crops: Sequence[SplitCrop], seed: int) -> Split:
@@ -78,7 +104,10 @@ def _presence(crops: Sequence[SplitCrop]) -> set[str]:
 
 
 def _box(crops: Sequence[SplitCrop]) -> Split:
-    """Hold out the end of the crop that holds most classes, along its longest in-plane axis; one line is not cut."""
+    """Hold out one side of the crop that holds most classes, along its longest in-plane axis; one line is not cut.
+
+    It is the side nearer to the end of the EM: training keeps what borders on the rest of the volume.
+    """
     crop = max(crops, key=lambda c: (sum(n > 0 for n in c.present.values()), np.prod(c.shape_zyx), c.name))
     total = sum(int(np.prod(c.shape_zyx)) for c in crops)
     axis = 1 + int(np.argmax(crop.shape_zyx[1:]))
@@ -88,10 +117,12 @@ def _box(crops: Sequence[SplitCrop]) -> Split:
     wanted = max(BOX_STEP, wanted // BOX_STEP * BOX_STEP) if length >= 4 * BOX_STEP else wanted
     if length < 2:
         return Split(train=tuple(Region(crop=c.name) for c in crops), validate=(), rule="box")
+    at_start = crop.outer_start_zyx[axis]
     start, stop = [0, 0, 0], list(crop.shape_zyx)
-    start[axis] = stop[axis] = length - wanted
-    learnt = Region(crop=crop.name, box_zyx=((0, 0, 0), (stop[0], stop[1], stop[2])))
-    held_out = Region(crop=crop.name, box_zyx=((start[0], start[1], start[2]), crop.shape_zyx))
+    start[axis] = stop[axis] = wanted if at_start else length - wanted
+    low = Region(crop=crop.name, box_zyx=((0, 0, 0), (stop[0], stop[1], stop[2])))
+    high = Region(crop=crop.name, box_zyx=((start[0], start[1], start[2]), crop.shape_zyx))
+    learnt, held_out = (high, low) if at_start else (low, high)
     return Split(
         train=tuple(learnt if c.name == crop.name else Region(crop=c.name) for c in crops),
         validate=(held_out,),

@@ -144,6 +144,8 @@ def _link(source: str, target: str) -> None:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt":  # there a folder cannot be opened, nor a file flushed that was opened to read
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

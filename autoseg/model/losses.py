@@ -39,9 +39,7 @@ def build_loss(plan: Plan) -> Callable[[list[Tensor], Tensor, Tensor], Tensor]:
     return lambda logits, target, known: supervised_loss(logits, target, known, plan.loss, weights.to(target.device))
 
 
-def supervised_loss(
-    logits: list[Tensor], target: Tensor, known: Tensor, loss: Loss, class_weights: Tensor
-) -> Tensor:
+def supervised_loss(logits: list[Tensor], target: Tensor, known: Tensor, loss: Loss, class_weights: Tensor) -> Tensor:
     """Return the mean of the losses of all logits, finest first; each coarser one weighs half as much."""
     total = logits[0].new_zeros((), dtype=torch.float32)
     for level, out in enumerate(logits):
@@ -92,6 +90,10 @@ def _overlap(tp: Tensor, fp: Tensor, fn: Tensor, alpha: float, beta: float, smoo
 
 
 def _shrink(target: Tensor, known: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return target and known on the grid of coarser logits: the value of each coarse voxel's first fine voxel."""
-    z, y, x = (t // s for t, s in zip(target.shape[2:], like.shape[2:], strict=True))
-    return target[:, :, ::z, ::y, ::x], known[:, :, ::z, ::y, ::x]
+    """Return target and known on the grid of coarser logits, by the rule of coarser label codes.
+
+    A coarse voxel is known where at least half of it is, and present where the class fills half of what is known.
+    """
+    size = [t // s for t, s in zip(target.shape[2:], like.shape[2:], strict=True)]
+    present, real = (F.avg_pool3d(values, size) for values in (target * known, known))
+    return (present >= 0.5 * real - EPSILON).float() * (real > 0), (real >= 0.5 - EPSILON).float()

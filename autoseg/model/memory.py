@@ -46,7 +46,8 @@ def trace_step(
     one, flops, num_parameters = _trace(network, in_channels, num_classes, patch_zyx, precision, loss, 1)
     two, _, _ = _trace(network, in_channels, num_classes, patch_zyx, precision, loss, 2)
     per_patch = max(1, two - one)
-    return StepCost(max(0, one - per_patch), per_patch, flops, num_parameters)
+    averaged_bytes = 4 * num_parameters
+    return StepCost(max(0, one - per_patch) + averaged_bytes, per_patch, flops, num_parameters)
 
 
 def _trace(
@@ -62,18 +63,18 @@ def _trace(
         model: nn.Module = UShape(network, in_channels, num_classes, flat=patch_zyx[0] == 1)
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         image = torch.empty(batch, in_channels, *patch_zyx)
-        target = torch.empty(batch, num_classes, *patch_zyx)
+        target, known = (torch.empty(batch, num_classes, *patch_zyx) for _ in range(2))
         weights = torch.empty(num_classes)
 
         def step() -> None:
             with torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"):
                 logits: list[Tensor] = model(image)
-            supervised_loss(logits, target, target, loss, weights).backward()  # type: ignore[no-untyped-call]
+            supervised_loss(logits, target, known, loss, weights).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
 
         tracker = MemTracker()
-        tracker.track_external(model, optimizer, image, target)
+        tracker.track_external(model, optimizer, image, target, known)
         with tracker:
             step()
             tracker.reset_mod_stats()

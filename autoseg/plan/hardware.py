@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -38,24 +39,35 @@ def usable_threads() -> int:
         threads = len(os.sched_getaffinity(0))
     except AttributeError:
         threads = os.cpu_count() or 1
-    for path in (Path("/sys/fs/cgroup/cpu.max"),):
-        try:
-            quota, period = path.read_text().split()[:2]
-        except (OSError, ValueError):
-            continue
-        if quota != "max":
-            threads = min(threads, max(1, int(quota) // int(period)))
+    for folder in _cgroups():
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()[:2]
+            if quota != "max":
+                threads = min(threads, max(1, int(quota) // int(period)))
     return threads
+
+
+def _cgroups() -> list[Path]:
+    """Return the folders of this process's cgroup (version 2) and of every one above it."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return [root]
+    own = next((line.split("::", 1)[1].lstrip("/") for line in lines if line.startswith("0::")), "")
+    folder = root / own
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
 
 
 def usable_ram_bytes() -> int:
     """Return the RAM this process may use: the machine's, cut by the cgroup's limit."""
     limits = [psutil.virtual_memory().total]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
-        except (OSError, ValueError):
-            continue
+    for path in [
+        *(folder / "memory.max" for folder in _cgroups()),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ]:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(path.read_text()))
     return int(min(limits))
 
 

@@ -55,7 +55,8 @@ def _split(draft: Draft) -> Choice:
     for side in ("train", "validate"):
         for region in changed.get(side, ()):
             if region.crop not in names:
-                hint = f"did you mean {nearest(region.crop, names)}?"
+                near = nearest(region.crop, names)
+                hint = f"did you mean {near}?" if near else f"it has {', '.join(names[:8])}"
                 raise PlanError(f"split.{side}", f"{region.crop} is not in this data", hint)
     split = msgspec.structs.replace(choice.value, **({"rule": "user"} | changed))
     return Choice(split, f"set by the user ({', '.join(changed)}), else: {choice.because}", "user")
@@ -111,6 +112,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("sliding_window.mirror_axes", training.choose_mirrors),
     ("sliding_window.transpose_yx", training.choose_transpose),
     ("decode.thresholds", data.choose_thresholds),
+    ("decode.tune_thresholds", data.choose_tuning),
     ("predicted_memory_bytes", network.choose_memory),
     ("predicted_ram_bytes", network.choose_ram),
     ("predicted_step_s", network.choose_step_s),

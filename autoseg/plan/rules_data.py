@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 
-from autoseg.data.split import SplitCrop, derive_split
+from autoseg.data.split import derive_split, split_crops
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX
 from autoseg.plan.draft import Choice, Draft
@@ -49,17 +49,7 @@ def choose_classes(draft: Draft) -> Choice:
 
 def choose_split(draft: Draft) -> Choice:
     """Return the split of data/split.py."""
-    names = {entry.name for entry in draft["classes"]}
-    crops = [
-        SplitCrop(
-            name=crop.name,
-            volume=crop.volume,
-            shape_zyx=crop.shape_zyx,
-            present={name: count.present for name, count in crop.counts.items() if name in names},
-            declared=crop.split,
-        )
-        for crop in draft.fingerprint.crops
-    ]
+    crops = split_crops(draft.fingerprint, [entry.name for entry in draft["classes"]])
     split = derive_split(crops, draft["seed"])
     because = {
         "datasplit": "datasplit.csv fixes it",
@@ -76,14 +66,18 @@ def choose_voxel_size(draft: Draft) -> Choice:
     crops = _training_crops(draft)
     volumes = {volume.name: volume for volume in draft.fingerprint.volumes}
     votes: Counter[NmZYX] = Counter()
+    exact: dict[NmZYX, NmZYX] = {}
     for crop in crops:
         em = volumes[crop.volume].voxel_size_nm
-        size = tuple(round(max(v, e), 4) for v, e in zip(crop.voxel_size_nm, em, strict=True))
-        votes[size[0], size[1], size[2]] += math.prod(crop.shape_zyx)
-    size, won = votes.most_common(1)[0]
+        size = tuple(max(v, e) for v, e in zip(crop.voxel_size_nm, em, strict=True))
+        key = (round(size[0], 3), round(size[1], 3), round(size[2], 3))
+        exact.setdefault(key, (size[0], size[1], size[2]))
+        votes[key] += math.prod(crop.shape_zyx)
+    key, won = votes.most_common(1)[0]
+    size = exact[key]
     share = won / votes.total()
     because = f"{share:.0%} of the annotated voxels have it"
-    others = [_nm(other) for other in votes if other != size]
+    others = [_nm(other) for other in votes if other != key]
     return Choice(size, because + (f"; resampled on the fly: {', '.join(others[:3])}" if others else ""), "fingerprint")
 
 
@@ -188,6 +182,14 @@ def choose_thresholds(draft: Draft) -> Choice:
     if set_by_user:
         return Choice(thresholds, f"set by the user for {', '.join(set_by_user)}, else 0.5", "user")
     return Choice(thresholds, "sigmoid outputs trained with Dice are cut at one half", "convention")
+
+
+def choose_tuning(draft: Draft) -> Choice:
+    """Return whether the validation regions choose the thresholds after training."""
+    if not draft["split"].validate:
+        return Choice(False, "nothing to validate on", "split")
+    because = "patches centred on rare classes make them look common; validation sees them as they are"
+    return Choice(True, because, "sampling.class_centred_fraction")
 
 
 def _training_crops(draft: Draft) -> list[CropFacts]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from autoseg.model.networks import build_network
 from autoseg.model.windows import Predictor
 from autoseg.predict.decode import to_labels
 from autoseg.predict.volumes import Region
-from autoseg.schema import Plan, load_as, write_atomically
+from autoseg.schema import Plan, TunedDecode, load_as, write_atomically
 
 CACHE_BYTES = 256 * 2**20
 LEDGER = ".autoseg"
@@ -56,14 +57,29 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     if not (folder / checkpoint.HEADER).is_file():
         raise CheckpointError(folder, "there is no such checkpoint", "train first, or choose --checkpoint last")
     header = checkpoint.verify(folder)
+    plan, tuned = _tuned(run, plan, header.step)
     network = build_network(plan)
     checkpoint.load_weights(network, folder / checkpoint.WEIGHTS)
     target = _device(device)
-    torch.set_num_threads(plan.num_threads if plan.device == "cpu" else torch.get_num_threads())
+    if target.type == "cpu":
+        torch.set_num_threads(min(plan.num_threads, os.cpu_count() or 1))
     layout = torch.channels_last if plan.patch_size_zyx[0] == 1 else torch.contiguous_format
     network = network.to(target, memory_format=layout).eval()  # type: ignore[call-overload]
-    identity = hashlib.sha256(f"{header.plan_sha256} {sorted(header.sha256.items())}".encode()).hexdigest()
-    return Trained(Predictor(network, plan, target), f"{which} (step {header.step})", identity)
+    made_by = (header.plan_sha256, sorted(header.sha256.items()), sorted(plan.decode.thresholds.items()))
+    identity = hashlib.sha256(repr(made_by).encode()).hexdigest()
+    return Trained(Predictor(network, plan, target), f"{which} (step {header.step}{tuned})", identity)
+
+
+def _tuned(run: Path, plan: Plan, step: int) -> tuple[Plan, str]:
+    """Return the plan with the thresholds that validation chose for this checkpoint, and a word about it."""
+    path = run / "decode.json"
+    if not path.is_file():
+        return plan, ""
+    tuned = load_as(path, TunedDecode)
+    if tuned.step != step or set(tuned.thresholds) != set(plan.class_names):
+        return plan, ""
+    decode = msgspec.structs.replace(plan.decode, thresholds=tuned.thresholds)
+    return msgspec.structs.replace(plan, decode=decode), ", thresholds of decode.json"
 
 
 def _device(name: str) -> torch.device:

@@ -79,8 +79,8 @@ def run_demo(
     tell: Callable[[str], None] = lambda text: None,
     planned: Callable[[Plan], None] = lambda plan: None,
     budget_s: float,
-) -> Demo:
-    """Do the main job in `folder`; finished parts are kept, so the same command goes on where it stopped."""
+) -> Demo | None:
+    """Do the main job in `folder`; None if it was asked to stop. Finished parts are kept: the same command goes on."""
     cache = default_cache()
     for name, pieces in (("data", TRAINING), ("unseen", UNSEEN)):
         if not (folder / name).exists():
@@ -94,7 +94,7 @@ def run_demo(
     planned(plan)
     outcome = train_on(plan, folder / "data", folder / "run", cache=cache, observer=observer)
     if outcome.stopped_by:
-        return Demo(folder, plan, Scores(metric="none", rows=(), per_class={}, mean_dice=None, mean_iou=None), {})
+        return None
     tell("scoring a volume that the run never saw")
     scores = evaluate_run(folder / "run", folder / "unseen", cache=cache).scores
     save(scores, folder / "scores.json")

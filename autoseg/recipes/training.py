@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from autoseg.data.codes import default_cache
-from autoseg.data.split import SplitCrop, derive_split
+from autoseg.data.split import derive_split, split_crops
 from autoseg.errors import PlanError
 from autoseg.plan import fingerprint
 from autoseg.schema import Fingerprint, Observer, Outcome, Plan, Split, load_as, save, sha256
@@ -86,15 +86,5 @@ def _split_for(plan: Plan, facts: Fingerprint, data: Path, warn: Warn) -> Split:
     )
     if fits and {region.crop for region in regions} == set(shapes):
         return plan.split
-    crops = [
-        SplitCrop(
-            name=crop.name,
-            volume=crop.volume,
-            shape_zyx=crop.shape_zyx,
-            present={name: crop.counts[name].present for name in plan.class_names},
-            declared=crop.split,
-        )
-        for crop in facts.crops
-    ]
     warn(f"the split of {plan.name} does not fit {data}; it was derived again and written to adaptations.jsonl")
-    return derive_split(crops, plan.seed)
+    return derive_split(split_crops(facts, plan.class_names), plan.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,9 @@ from autoseg.geometry import Box
 from autoseg.plan import fingerprint
 from autoseg.predict import crop_regions, open_run, predict_regions
 from autoseg.recipes.training import split_of
-from autoseg.schema import CropFacts, Fingerprint, Plan, Scores, load_as, sha256
+from autoseg.schema import CropFacts, Fingerprint, Plan, Scores, VolumeFacts, load_as, sha256
 
+SAME_GREY = 0.05
 Progress = Callable[[str, int, int], None]
 
 
@@ -70,8 +72,10 @@ def evaluate_run(
 def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -> tuple[dict[str, Box], str]:
     """Return the box of each crop that may be scored: never a voxel that the run learnt from."""
     seen_path = run / "fingerprint.json"
-    seen = load_as(seen_path, Fingerprint) if seen_path.is_file() else None
-    taught = {crop.name: _overlapping(crop, facts, seen) for crop in facts.crops} if seen else {}
+    if not seen_path.is_file():
+        raise PlanError(run, "does not say what it learnt from (no fingerprint.json)", "train with `autoseg train`")
+    seen = load_as(seen_path, Fingerprint)
+    taught = {crop.name: _overlapping(crop, facts, seen) for crop in facts.crops}
     if not any(taught.values()):
         boxes = {crop.name: Box.whole(crop.grid.shape_zyx) for crop in dataset.crops}
         return boxes, f"all {len(boxes)} crops of {dataset.root}, none of which the run has seen"
@@ -89,13 +93,22 @@ def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -
 def _overlapping(crop: CropFacts, facts: Fingerprint, seen: Fingerprint) -> list[CropFacts]:
     """Return the crops the run has seen that share a voxel of EM with this one; names and labels do not matter."""
     em = _em(crop, facts)
-    return [other for other in seen.crops if _em(other, seen) == em and _meet(crop, other)]
+    return [other for other in seen.crops if _same_em(em, _em(other, seen)) and _meet(crop, other)]
 
 
-def _em(crop: CropFacts, facts: Fingerprint) -> bytes:
-    """Two EM volumes are the same if shape, voxel size and grey values are."""
-    volume = next(volume for volume in facts.volumes if volume.name == crop.volume)
-    return msgspec.json.encode((volume.dtype, volume.shape_zyx, volume.voxel_size_nm, volume.intensity))
+def _em(crop: CropFacts, facts: Fingerprint) -> VolumeFacts:
+    return next(volume for volume in facts.volumes if volume.name == crop.volume)
+
+
+def _same_em(a: VolumeFacts, b: VolumeFacts) -> bool:
+    """Return whether two EM volumes are the same: shape, voxel size and grey values.
+
+    Grey values are of the chunks that were there to measure; under one name a few per cent may differ.
+    """
+    tolerance = SAME_GREY if a.name == b.name else 1e-6
+    greys = zip((a.intensity.mean, a.intensity.sd), (b.intensity.mean, b.intensity.sd), strict=True)
+    shapes = (a.dtype, a.shape_zyx, a.voxel_size_nm) == (b.dtype, b.shape_zyx, b.voxel_size_nm)
+    return shapes and all(math.isclose(x, y, rel_tol=tolerance) for x, y in greys)
 
 
 def _meet(a: CropFacts, b: CropFacts) -> bool:

@@ -2,6 +2,18 @@
 
 from autoseg.schema.checks import check_plan
 from autoseg.schema.events import Observer, Outcome, StepResult, ValidationScore
+from autoseg.schema.facts import (
+    ClassCount,
+    ClassEntry,
+    ClassTable,
+    CropFacts,
+    Fingerprint,
+    Gpu,
+    Hardware,
+    Intensity,
+    LeftOut,
+    VolumeFacts,
+)
 from autoseg.schema.files import (
     AnyArtifact,
     decode,
@@ -14,18 +26,6 @@ from autoseg.schema.files import (
     save,
     sha256,
     write_atomically,
-)
-from autoseg.schema.facts import (
-    ClassCount,
-    ClassEntry,
-    ClassTable,
-    CropFacts,
-    Fingerprint,
-    Gpu,
-    Hardware,
-    Intensity,
-    LeftOut,
-    VolumeFacts,
 )
 from autoseg.schema.plans import (
     Augmentation,
@@ -45,7 +45,7 @@ from autoseg.schema.plans import (
     Validation,
 )
 from autoseg.schema.records import SCHEMA_VERSION, Artifact, Record
-from autoseg.schema.results import CheckpointHeader, ClassScore, ScoreRow, Scores
+from autoseg.schema.results import CheckpointHeader, ClassScore, ScoreRow, Scores, TunedDecode
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -82,6 +82,7 @@ __all__ = [
     "SlidingWindow",
     "Split",
     "StepResult",
+    "TunedDecode",
     "Validation",
     "ValidationScore",
     "VolumeFacts",

@@ -19,9 +19,9 @@ from autoseg.errors import PlanError
 from autoseg.schema.facts import ClassTable, Fingerprint, Hardware
 from autoseg.schema.plans import Plan
 from autoseg.schema.records import SCHEMA_VERSION, Artifact, Record
-from autoseg.schema.results import CheckpointHeader, Scores
+from autoseg.schema.results import CheckpointHeader, Scores, TunedDecode
 
-AnyArtifact = ClassTable | Fingerprint | Hardware | Plan | CheckpointHeader | Scores
+AnyArtifact = ClassTable | Fingerprint | Hardware | Plan | CheckpointHeader | TunedDecode | Scores
 A = TypeVar("A", bound=Artifact)
 
 

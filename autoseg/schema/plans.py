@@ -136,9 +136,10 @@ class SlidingWindow(Record, frozen=True, kw_only=True):
 
 
 class Decode(Record, frozen=True, kw_only=True):
-    """Probability to label."""
+    """Probability to label; with `tune_thresholds` the validation regions choose better ones after training."""
 
     thresholds: dict[str, float]
+    tune_thresholds: bool
 
 
 class Validation(Record, frozen=True, kw_only=True):

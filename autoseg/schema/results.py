@@ -21,6 +21,15 @@ class CheckpointHeader(Artifact, frozen=True, kw_only=True, tag="checkpoint"):
     sha256: dict[str, str]
 
 
+class TunedDecode(Artifact, frozen=True, kw_only=True, tag="decode"):
+    """Thresholds that the validation regions chose for one checkpoint, and their Dice at one half and at these."""
+
+    step: int
+    thresholds: dict[str, float]
+    dice_before: dict[str, float | None]
+    dice_after: dict[str, float | None]
+
+
 class ScoreRow(Record, frozen=True, kw_only=True):
     """Counts of voxels for one crop and class, over known voxels only, inside a box if one is given."""
 

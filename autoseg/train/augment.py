@@ -45,8 +45,8 @@ def draw_warp(plan: Augmentation, patch_zyx: VoxelsZYX, isotropic: bool, rng: np
     if not (rotates or scales or bends):
         return Warp(False, False, False, patch_zyx)
     z, y, x = patch_zyx
-    factor = plan.scale_range[1] if scales else 1.0
-    margin = math.ceil(3 * plan.elastic_magnitude) if bends else 0
+    factor = 1 / plan.scale_range[0] if scales else 1.0
+    margin = 2 * math.ceil(3 * plan.elastic_magnitude) if bends else 0
     if isotropic and z > 1:
         diagonal = math.hypot(z, y, x) if rotates else 0.0
         edges = [math.ceil(max(n, diagonal) * factor) + margin for n in (z, y, x)]

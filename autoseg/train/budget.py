@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +10,12 @@ import torch
 
 from autoseg.schema import Plan
 from autoseg.train.journal import adapt, adaptation
-from autoseg.train.loader import batches
+from autoseg.train.loader import PREFETCH, batches
 from autoseg.train.step import Learner
 from autoseg.train.validation import Validator
 
 WARM_UP_STEPS = 3
-TIMED_STEPS = 8
+TIMED_STEPS = 12
 BUDGET_USED = 0.97
 MAX_VALIDATION_SHARE = 0.1
 
@@ -61,12 +60,14 @@ def _measure(plan: Plan, data: Path, cache: Path, validator: Validator, device: 
     """Return (seconds of a step with its batch, seconds of a validation) on a throw-away network."""
     trial = Learner(plan, 10**6, device)
     source = batches(plan, data, cache=cache)
-    times = []
-    for step in range(WARM_UP_STEPS + TIMED_STEPS):
-        start = time.perf_counter()
+    queued = plan.num_workers * (PREFETCH + 1)  # batches that were made while the others were timed
+    for step in range(WARM_UP_STEPS + queued):
         trial.step(step, next(source))
-        times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    for step in range(TIMED_STEPS + queued):
+        trial.step(step, next(source))
+    step_s = (time.perf_counter() - start) / (TIMED_STEPS + queued)
     start = time.perf_counter()
     if plan.validation.num_rounds:
         validator.score(trial.averaged_network(), device)
-    return statistics.median(times[WARM_UP_STEPS:]), time.perf_counter() - start
+    return step_s, time.perf_counter() - start

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from autoseg.data.codes import default_cache
 from autoseg.data.dataset import open_dataset
+from autoseg.errors import AutosegError
 from autoseg.schema import Plan
 from autoseg.train.patches import Batch, PatchSampler
 
@@ -21,18 +19,25 @@ CACHE_BYTES = 256 * 2**20
 PREFETCH = 2
 
 
-class StepDataset(Dataset[Batch]):
+class StepDataset(Dataset[Batch | AutosegError]):
     """Item s is the batch of step s; the stores are opened in the process that reads them."""
 
     def __init__(self, plan: Plan, data: Path, cache: Path) -> None:
         self._plan, self._data, self._cache = plan, data, cache
         self._sampler: PatchSampler | None = None
 
-    def __getitem__(self, step: int) -> Batch:
-        """Return the batch of that step."""
-        if self._sampler is None:
-            self._sampler = PatchSampler(self._plan, open_dataset(self._data), self._cache, CACHE_BYTES)
-        return self._sampler.batch(step)
+    def first(self) -> Batch:
+        """Return the batch of step 0, so that data that cannot be read is known before a run is begun."""
+        return _unless_error(self[0])
+
+    def __getitem__(self, step: int) -> Batch | AutosegError:
+        """Return the batch of that step; an expected error is returned, since torch cannot carry it to its parent."""
+        try:
+            if self._sampler is None:
+                self._sampler = PatchSampler(self._plan, open_dataset(self._data), self._cache, CACHE_BYTES)
+            return self._sampler.batch(step)
+        except AutosegError as error:
+            return error
 
 
 def batches(
@@ -42,7 +47,7 @@ def batches(
     dataset = StepDataset(plan, Path(data), cache or default_cache())
     if plan.num_workers == 0:
         for step in range(start_step, stop_step):
-            yield dataset[step]
+            yield _unless_error(dataset[step])
         return
     loader = DataLoader(
         dataset,
@@ -54,13 +59,18 @@ def batches(
         worker_init_fn=_start_worker,
         pin_memory=plan.device == "cuda" and torch.cuda.is_available(),
     )
-    yield from loader
+    for item in loader:
+        yield _unless_error(item)
+
+
+def _unless_error(item: Batch | AutosegError) -> Batch:
+    if isinstance(item, AutosegError):
+        raise item
+    return item
 
 
 def _start_worker(_: int) -> None:
-    """One thread each: parallelism comes from the number of workers. Ctrl-C is for the process that saves."""
+    """One thread each: parallelism comes from the number of workers. Signals are for the process that saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002

@@ -35,7 +35,7 @@ from autoseg.schema import (
 )
 from autoseg.train.budget import fit_length
 from autoseg.train.journal import Journal, adapt
-from autoseg.train.loader import CACHE_BYTES, batches
+from autoseg.train.loader import CACHE_BYTES, StepDataset, batches
 from autoseg.train.signals import asked_to_stop
 from autoseg.train.step import Learner
 from autoseg.train.validation import Validator
@@ -64,6 +64,7 @@ def train(
     target = _device(device, plan)
     used = plan if split is None else msgspec.structs.replace(plan, split=split)
     _check_data(used, dataset)
+    StepDataset(used, data, cache or default_cache()).first()
     _claim(plan, run)
     claimed()
     torch.set_num_threads(plan.num_threads)
@@ -128,7 +129,18 @@ class _Session:
                     return self._outcome(stop)
         finally:
             journal.close()
+        self._tune()
         return self._outcome(None)
+
+    def _tune(self) -> None:
+        """Let the validation regions choose thresholds for the best checkpoint, once, into decode.json."""
+        path = self.run / "decode.json"
+        if path.exists() or not self.plan.decode.tune_thresholds or not self.plan.split.validate:
+            return
+        best = checkpoint.find(self.run / "checkpoints", "best")
+        network = self.learner.averaged_network()
+        checkpoint.load_weights(network, best / checkpoint.WEIGHTS)
+        save(self.validator.tune(network.eval(), self.device, checkpoint.verify(best).step), path)
 
     def _outcome(self, stopped_by: str | None) -> Outcome:
         h = self.header
@@ -236,6 +248,8 @@ def _check_data(plan: Plan, dataset: Dataset) -> None:
 
 def _device(name: str, plan: Plan) -> torch.device:
     """Return the device the plan wants, or the one the user names; PlanError if it is not there."""
+    if plan.init is not None and not Path(plan.init).exists():
+        raise PlanError(plan.init, "does not exist, and plan.init starts from it", "correct init, or plan anew")
     wanted = plan.device if name == "auto" else name
     try:
         device = torch.device(wanted)

@@ -154,10 +154,11 @@ class PatchSampler:
         inside = box.clip(Box.whole(source.codes.grid.shape_zyx))
         codes = np.zeros(box.shape_zyx, dtype=np.int32)
         codes[inside.relative_to(box).slices] = source.to_global[source.codes.codes_ZYX[inside.slices]]
+        outside = np.ones(box.shape_zyx, dtype=bool)
+        outside[source.region.clip(box).relative_to(box).slices] = False
+        codes[outside] = 0
         for hidden in source.hidden:
-            overlap = hidden.clip(inside)
-            if overlap.num_voxels:
-                codes[overlap.relative_to(box).slices] = 0
+            codes[hidden.clip(box).relative_to(box).slices] = 0
         image, valid = read_input(source.em, source.codes.grid, box, self.plan.input_slices)
         if valid is not None:
             codes[~valid] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -70,11 +71,11 @@ class Learner:
     def _average(self, step: int) -> None:
         """Move the averaged weights; early on the average spans only the steps there were."""
         decay = min(self.plan.optimizer.ema_decay, (step + 1) / (step + 10))
-        for name, value in self.network.state_dict().items():
-            if value.is_floating_point():
-                self.averaged[name].lerp_(value, 1 - decay)
-            else:
-                self.averaged[name].copy_(value)
+        now = self.network.state_dict()
+        real = [name for name, value in now.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.averaged[name] for name in real], [now[name] for name in real], 1 - decay)
+        for name in now.keys() - real:
+            self.averaged[name].copy_(now[name])
 
     def reset_average(self) -> None:
         """Let the average start from the network as it is."""
@@ -82,16 +83,16 @@ class Learner:
 
     def averaged_network(self) -> nn.Module:
         """Return a network with the averaged weights, ready for inference."""
-        network = build_network(self.plan).to(self.device)
+        network: nn.Module = copy.deepcopy(self.network)
         network.load_state_dict(self.averaged)
-        return network.eval()
+        network.eval()
+        return network
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that resuming needs beside the averaged weights."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-        tensors["rng.torch"] = torch.get_rng_state()
         return tensors
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -104,7 +105,6 @@ class Learner:
             moments.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        torch.set_rng_state(state["rng.torch"].cpu())
 
 
 def make_step(plan: Plan, device: torch.device | str, num_steps: int = 1000) -> Callable[[Batch], StepResult]:
