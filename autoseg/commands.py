@@ -29,7 +29,7 @@ from autoseg.recipes.training import data_of, split_of, train_on
 from autoseg.recipes.validate import evaluate_run
 from autoseg.report import terminal
 from autoseg.report.page import write_report
-from autoseg.schema import Fingerprint, Hardware, Plan, Scores, load_as, read_json_lines, save
+from autoseg.schema import Fingerprint, Hardware, Plan, Scores, TunedDecode, load_as, read_json_lines, save
 
 EXIT_OK, EXIT_STOPPED = 0, 143
 
@@ -130,6 +130,8 @@ def run_train(options: argparse.Namespace) -> int:
         view.close()
     losses = [line["loss"] for line in read_json_lines(run / "log.jsonl") if line.get("loss") is not None]
     console.print(terminal.verdict(outcome, losses))
+    if (run / "decode.json").is_file():
+        console.print(terminal.threshold_line(load_as(run / "decode.json", TunedDecode), plan.decode.thresholds))
     if not outcome.stopped_by:
         console.print(f"run {run}; next: autoseg evaluate --run {run} --per-class, or autoseg report {run}")
     _tell_cache(options, console)

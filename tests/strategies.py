@@ -275,7 +275,7 @@ def valid_plan(**changes: Any) -> schema.Plan:
         sliding_window=schema.SlidingWindow(
             tile_zyx=(1, 32, 32), overlap=0.5, batch_size=2, mirror_axes=(), transpose_yx=False
         ),
-        decode=schema.Decode(thresholds=dict.fromkeys(names, 0.5)),
+        decode=schema.Decode(thresholds=dict.fromkeys(names, 0.5), tune_thresholds=False),
         predicted_memory_bytes=2**20,
         predicted_ram_bytes=2**20,
         predicted_step_s=None,

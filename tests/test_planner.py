@@ -348,6 +348,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "sliding_window.batch_size": ("3", 3),
     "sliding_window.mirror_axes": ("x", ("x",)),
     "sliding_window.transpose_yx": ("false", False),
+    "decode.tune_thresholds": ("false", False),
     "decode.thresholds": ('{"mito": 0.25, "pm": 0.5}', {"mito": 0.25, "pm": 0.5}),
     "seed": ("7", 7),
 }

@@ -165,7 +165,7 @@ def make_plan(names: tuple[str, ...], **changes: Any) -> Plan:
         sliding_window=SlidingWindow(
             tile_zyx=(1, 64, 64), overlap=0.25, batch_size=1, mirror_axes=(), transpose_yx=False
         ),
-        decode=Decode(thresholds=dict.fromkeys(names, 0.5)),
+        decode=Decode(thresholds=dict.fromkeys(names, 0.5), tune_thresholds=False),
         predicted_memory_bytes=2**30,
         predicted_ram_bytes=2**31,
         predicted_step_s=None,

@@ -9,9 +9,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from autoseg.metrics.overlap import mean
-from autoseg.schema import ClassCount, Fingerprint, Observer, Outcome, Plan, Scores, StepResult, ValidationScore
+from autoseg.schema import (
+    ClassCount,
+    Fingerprint,
+    Observer,
+    Outcome,
+    Plan,
+    Scores,
+    StepResult,
+    TunedDecode,
+    ValidationScore,
+)
 
 MISSING = "–"
 LINES_EVERY_S = 10.0
@@ -31,14 +42,13 @@ def plan_table(plan: Plan) -> Table:
     """Return every decision with its value, reason and source; parameters of a preset are folded into it."""
     table = Table(title=f"plan {plan.name}", title_justify="left", expand=True, show_lines=False)
     table.add_column("decision", no_wrap=True)
-    table.add_column("value", overflow="fold", ratio=3)
-    table.add_column("because", overflow="fold", ratio=6)
-    table.add_column("source", overflow="fold", ratio=2, style="dim")
+    table.add_column("value", overflow="fold", ratio=2)
+    table.add_column("because (source)", overflow="fold", ratio=5)
     for reason in plan.reasons:
         if reason.source in ("augmentation.preset", "kind of loss", "paper default"):
             continue
         value = short_value(field_value(plan, reason.field))
-        table.add_row(reason.field, value, reason.because, reason.source)
+        table.add_row(reason.field, value, Text.assemble(reason.because, (f" ({reason.source})", "dim")))
     return table
 
 
@@ -184,6 +194,16 @@ class TrainingView(Observer):
     def close(self) -> None:
         """Take the bar down."""
         self._bar.stop()
+
+
+def threshold_line(tuned: TunedDecode, planned: Mapping[str, float]) -> str:
+    """Return which thresholds the validation regions moved, with Dice before and after."""
+    moved = [
+        f"{name} {value:.2f} (Dice {number(tuned.dice_before[name])} → {number(tuned.dice_after[name])})"
+        for name, value in tuned.thresholds.items()
+        if value != planned[name]
+    ]
+    return "thresholds from the validation regions: " + (", ".join(moved) if moved else "all as planned")
 
 
 def verdict(outcome: Outcome, losses: Sequence[float]) -> str:
