@@ -200,8 +200,10 @@ def test_probabilities_are_bytes_that_agree_with_the_labels(place: Path, trained
     writer = blocks._RegionWriter(trained, region(place), tmp_path / "again", False)
     exact = np.concatenate([writer._probability(block).ravel() for block in writer.blocks()])
     assert np.array_equal(np.rint(exact * 255), probability.ravel()), "255 is 1, and one block holds this crop"
-    assert (found[probability > 128] == 1).all()
-    assert (found[probability < 127] == 0).all()
+    cuts = [trained.plan.decode.thresholds[name] * 255 for name in trained.plan.class_names]
+    for cut, graded, mask in zip(cuts, probability, found, strict=True):
+        assert (mask[graded > cut + 1] == 1).all()
+        assert (mask[graded < cut - 1] == 0).all()
 
 
 def test_a_box_in_nm_is_cut_to_voxels_and_keeps_its_place(place: Path, trained: Trained, tmp_path: Path) -> None:
@@ -321,7 +323,7 @@ def test_a_folder_that_is_no_run_or_has_no_such_checkpoint_is_refused(place: Pat
     weights.write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is missing or damaged"):
         open_run(broken, "best")
-    assert open_run(broken, "last").checkpoint == "last (step 40)"
+    assert open_run(broken, "last").checkpoint.startswith("last (step 40")
 
 
 @pytest.mark.parametrize("device", ["quantum", "meta"])

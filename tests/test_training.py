@@ -451,8 +451,6 @@ def test_validation_counts_the_same_voxels_every_time(straight: tuple[Plan, Path
     learner = Learner(plan, 8, torch.device("cpu"))
     scores = [validator.score(learner.averaged_network(), torch.device("cpu")) for _ in range(2)]
     assert scores[0] == scores[1]
-    (region,) = plan.split.validate
-    assert validator.num_voxels == region.box((4, 64, 64)).num_voxels > 0
     assert set(scores[0].dice) == set(plan.class_names)
 
 

@@ -17,10 +17,10 @@ from autoseg.evaluate import Scored, score_labels
 from autoseg.geometry import Box
 from autoseg.plan import fingerprint
 from autoseg.predict import crop_regions, open_run, predict_regions
-from autoseg.recipes.training import split_of
+from autoseg.recipes.training import data_of, split_of
 from autoseg.schema import CropFacts, Fingerprint, Plan, Scores, VolumeFacts, load_as, sha256
+from autoseg.train.journal import adaptation
 
-SAME_GREY = 0.05
 Progress = Callable[[str, int, int], None]
 
 
@@ -75,7 +75,8 @@ def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -
     if not seen_path.is_file():
         raise PlanError(run, "does not say what it learnt from (no fingerprint.json)", "train with `autoseg train`")
     seen = load_as(seen_path, Fingerprint)
-    taught = {crop.name: _overlapping(crop, facts, seen) for crop in facts.crops}
+    own = adaptation(run, "data") is not None and dataset.root.resolve() in (data_of(run), data_of(run).parent)
+    taught = {crop.name: _overlapping(crop, facts, seen, own) for crop in facts.crops}
     if not any(taught.values()):
         boxes = {crop.name: Box.whole(crop.grid.shape_zyx) for crop in dataset.crops}
         return boxes, f"all {len(boxes)} crops of {dataset.root}, none of which the run has seen"
@@ -90,25 +91,26 @@ def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -
     return boxes, f"{len(boxes)} validation regions, which chose its checkpoint: score on a second DATA to compare"
 
 
-def _overlapping(crop: CropFacts, facts: Fingerprint, seen: Fingerprint) -> list[CropFacts]:
-    """Return the crops the run has seen that share a voxel of EM with this one; names and labels do not matter."""
+def _overlapping(crop: CropFacts, facts: Fingerprint, seen: Fingerprint, own: bool) -> list[CropFacts]:
+    """Return the crops the run has seen that share a voxel of EM with this one; `own` if DATA is the run's folder."""
     em = _em(crop, facts)
-    return [other for other in seen.crops if _same_em(em, _em(other, seen)) and _meet(crop, other)]
+    return [other for other in seen.crops if _same_em(em, _em(other, seen), own) and _meet(crop, other)]
 
 
 def _em(crop: CropFacts, facts: Fingerprint) -> VolumeFacts:
     return next(volume for volume in facts.volumes if volume.name == crop.volume)
 
 
-def _same_em(a: VolumeFacts, b: VolumeFacts) -> bool:
-    """Return whether two EM volumes are the same: shape, voxel size and grey values.
+def _same_em(a: VolumeFacts, b: VolumeFacts, own: bool) -> bool:
+    """Return whether two EM volumes are the same: by name in the run's own folder, else by shape and grey values.
 
-    Grey values are of the chunks that were there to measure; under one name a few per cent may differ.
+    In the run's own folder more EM may have been fetched since, which changes the grey values that were measured.
     """
-    tolerance = SAME_GREY if a.name == b.name else 1e-6
+    if own and a.name == b.name:
+        return True
     greys = zip((a.intensity.mean, a.intensity.sd), (b.intensity.mean, b.intensity.sd), strict=True)
     shapes = (a.dtype, a.shape_zyx, a.voxel_size_nm) == (b.dtype, b.shape_zyx, b.voxel_size_nm)
-    return shapes and all(math.isclose(x, y, rel_tol=tolerance) for x, y in greys)
+    return shapes and all(math.isclose(x, y, rel_tol=1e-6) for x, y in greys)
 
 
 def _meet(a: CropFacts, b: CropFacts) -> bool:
