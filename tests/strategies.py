@@ -5,6 +5,7 @@ Import it as `from strategies import make_dataset` (pytest puts tests/ on the pa
 
 from __future__ import annotations
 
+import os
 import shutil
 import types
 from collections.abc import Mapping, Sequence
@@ -204,6 +205,16 @@ _SCALARS: dict[type, st.SearchStrategy[Any]] = {
     float: st.floats(allow_nan=False, allow_infinity=False),
     type(None): st.none(),
 }
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """Return the environment of a child process that imports the same autoseg.
+
+    Only a source folder is put on its path: site-packages there would shadow the standard library.
+    """
+    root = Path(schema.__file__).parents[2]
+    path = {"PYTHONPATH": str(root)} if (root / "pyproject.toml").is_file() else {}
+    return os.environ | path | extra
+
 
 ARTIFACTS: tuple[type[Any], ...] = get_args(schema.AnyArtifact)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import msgspec
 import pytest
 import safetensors.torch
 import torch
+from strategies import child_environment
 from test_planner import tiny_facts_plan
 from torch import Tensor
 
@@ -132,7 +132,7 @@ def test_a_kill_between_two_renames_leaves_a_whole_checkpoint(tmp_path: Path, mo
 
 def test_sigkill_at_any_moment_of_saving_leaves_a_readable_newest_and_best_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     killer = [sys.executable, "-c", KILLER, str(folder)]
     done = subprocess.run(killer, capture_output=True, text=True, env=environment, check=False, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 import tifffile
-from strategies import make_dataset
+from strategies import child_environment, make_dataset
 from test_planner import cheap_trace, tiny_plan
 
 from autoseg import __version__
@@ -81,7 +81,7 @@ def test_help_answers_in_half_a_second_and_imports_nothing_heavy() -> None:
         "try: main(['--help'])\n"
         f"finally: print('loaded', [m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -16,11 +16,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from strategies import make_dataset
+from strategies import child_environment, make_dataset
 from test_planner import tiny_plan
 from torch import Tensor
 
-import autoseg
 from autoseg.errors import CheckpointError, PlanError
 from autoseg.model import checkpoint
 from autoseg.plan import fingerprint
@@ -38,8 +37,6 @@ from autoseg.schema import (
 from autoseg.train import batches, loop, make_step, train
 from autoseg.train.schedule import rate_factor
 from autoseg.train.step import Learner
-
-ROOT = Path(autoseg.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +215,7 @@ def test_a_signal_while_training_saves_and_exits_with_143(
     save(tiny_plan(*place, {"optimizer.num_steps": 10**6}), tmp_path / "plan.json")
     run = tmp_path / "run"
     command = ["train", "--plan", tmp_path / "plan.json", "--data", place[0], "--run", run, "--cache", place[1]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     child = subprocess.Popen(
         [sys.executable, "-m", "autoseg.cli", *map(str, command), "--json"],
         stdout=subprocess.PIPE,
