@@ -206,6 +206,7 @@ _SCALARS: dict[type, st.SearchStrategy[Any]] = {
     type(None): st.none(),
 }
 
+
 def child_environment(**extra: str) -> dict[str, str]:
     """Return the environment of a child process that imports the same autoseg.
 
