@@ -59,7 +59,8 @@ def to_cells(flag: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise DataError(flag, f"{text!r} is not a list of integers", f"write {flag} 1,2") from None
+        example = "mito=1,2" if flag == "--values" else "1,2"
+        raise DataError(flag, f"{text!r} is not a list of integers", f"write {flag} {example}") from None
 
 
 def to_interval(text: str) -> tuple[float, float]:

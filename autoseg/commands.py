@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,8 @@ def run_plan(options: argparse.Namespace) -> int:
     plan = make_plan(out.stem, facts, hardware, settings)
     save(plan, out)
     console.print(terminal.plan_table(plan))
-    console.print(f"wrote {out}; next: autoseg train --plan {out}")
+    where = f" --data {options.data}" if options.data else ""
+    console.print(f"wrote {out}; next: autoseg train --plan {out}{where}")
     _tell_cache(options, console)
     _print_json(options, plan)
     return EXIT_OK
@@ -128,8 +130,9 @@ def run_train(options: argparse.Namespace) -> int:
         )
     finally:
         view.close()
-    losses = [line["loss"] for line in read_json_lines(run / "log.jsonl") if line.get("loss") is not None]
-    console.print(terminal.verdict(outcome, losses))
+    lines = read_json_lines(run / "log.jsonl")
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    console.print(terminal.verdict(outcome, losses, [line["mean_dice"] for line in lines if line.get("mean_dice")]))
     if (run / "decode.json").is_file():
         console.print(terminal.threshold_line(load_as(run / "decode.json", TunedDecode), plan.decode.thresholds))
     if not outcome.stopped_by:
@@ -160,10 +163,11 @@ def run_predict(options: argparse.Namespace) -> int:
         if options.crops:
             raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
         regions = [file_region(trained.plan, options.volume, cache / "em")]
-        size = " x ".join(f"{v:g}" for v in regions[0].grid.voxel_size_nm)
-        console.print(f"voxels of {size} nm (the plan's, if the file declares none)")
     if options.roi_nm:
         regions = [cut_roi(region, [to_interval(text) for text in options.roi_nm]) for region in regions]
+    for size in {region.grid.voxel_size_nm for region in regions}:
+        same = " as planned" if size == trained.plan.voxel_size_nm else f", resampled to {_nm(trained.plan)} and back"
+        console.print(f"EM of {' x '.join(f'{v:g}' for v in size)} nm{same}")
     zarr = options.out.with_name(f".{options.out.name}.zarr") if to_file else options.out
     with _progress(console) as progress:
         predict_regions(trained, regions, zarr, probabilities=options.probabilities, progress=progress)
@@ -187,6 +191,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Score a run."""
     console = terminal.make_console(quiet=options.quiet)
     run = options.run or _only_run()
+    if not (run / "plan.json").is_file():
+        raise PlanError(run, "is not a run (no plan.json)", "pass the folder given to `autoseg train --run`")
     data = options.data or data_of(run)
     with _progress(console) as progress:
         judged = evaluate_run(
@@ -199,6 +205,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
             progress=progress,
         )
     out = options.out or run / "scores.json"
+    if out.is_file() and (before := load_as(out, Scores)).data != judged.scores.data:
+        console.print(f"note: {out} held scores on {before.data} and is replaced; --out keeps several")
     save(judged.scores, out)
     console.print(f"scored on {judged.on}")
     if options.per_class:
@@ -278,6 +286,10 @@ def _only_run() -> Path:
     return runs[0]
 
 
+def _nm(plan: Plan) -> str:
+    return " x ".join(f"{v:g}" for v in plan.voxel_size_nm) + " nm"
+
+
 def _cache(options: argparse.Namespace) -> Path:
     cache: Path = options.cache or default_cache()
     return cache
@@ -301,7 +313,13 @@ def _progress(console: Console) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=disable) as bar:
         tasks: dict[str, Any] = {}
 
+        said = time.monotonic()
+
         def show(what: str, done: int, total: int) -> None:
+            nonlocal said
+            if disable and time.monotonic() - said > terminal.LINES_EVERY_S:
+                console.print(f"{what}: {done} of {total}")
+                said = time.monotonic()
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)

@@ -140,7 +140,7 @@ def test_data_that_the_run_has_seen_scores_only_on_validation_boxes(place: Path)
     states = truth_of(place / "data", region.crop, place / "cache")
     for row in judged.scores.rows:
         assert row.tp + row.fn == (states[row.class_][box.slices] == PRESENT).sum()
-    assert "1 validation regions" in judged.on
+    assert "the validation regions (1)" in judged.on
     assert judged.scores.run == str(place / "run")
     assert judged.scores.checkpoint is not None
     assert judged.scores.checkpoint.startswith("best")
@@ -150,7 +150,7 @@ def test_a_second_data_set_with_the_same_names_but_other_content_scores_whole(pl
     second = make_dataset(tmp_path / "data", seed=9, shape=(4, 64, 64))
     judged = evaluate_run(place / "run", second, cache=place / "cache")
     assert {row.crop for row in judged.scores.rows} == {"demo/crop1", "demo/crop2"}
-    assert "none of which the run has seen" in judged.on
+    assert "which the run has not seen" in judged.on
     for row in judged.scores.rows:
         states = truth_of(second, row.crop, place / "cache")[row.class_]
         assert row.tp + row.fn == (states == PRESENT).sum()

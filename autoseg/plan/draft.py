@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
@@ -87,7 +87,9 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         try:
             value = msgspec.convert(_parse(text, value_type), value_type)
         except msgspec.ValidationError as error:
-            raise PlanError(f"--set {field}", *explain(str(error), value_type)) from None
+            what, remedy = explain(str(error), value_type)
+            choices = ", ".join(map(str, get_args(value_type))) if get_origin(value_type) is Literal else ""
+            raise PlanError(f"--set {field}", what, f"use one of {choices}" if choices else remedy) from None
         if not all(math.isfinite(number) for number in numbers(value)):
             raise PlanError(f"--set {field}", f"{text} is not a finite number", "correct the value")
         if keyed:

@@ -70,7 +70,7 @@ def choose_preset(draft: Draft) -> Choice:
     if z / min(y, x) >= ANISOTROPY_OF_SECTIONS:
         return Choice(
             "sstem",
-            f"sections of {z:g} nm: each has contrast and defects of its own",
+            f"{z:g} nm sections: grey values vary from one to the next",
             "nnU-Net's shares, plus lost sections",
         )
     return Choice("fib-sem", "near-isotropic voxels: noise, blur and drift, any orientation", "nnU-Net's shares")

@@ -66,7 +66,8 @@ def evaluate_run(
     scores = msgspec.structs.replace(
         scores, run=str(run), checkpoint=checkpoint, data=str(data), prediction=str(prediction)
     )
-    return Judged(scores, on)
+    others = sorted(known - set(plan.class_names))
+    return Judged(scores, on + (f"; annotated, but no classes of this run: {', '.join(others)}" if others else ""))
 
 
 def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -> tuple[dict[str, Box], str]:
@@ -79,7 +80,7 @@ def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -
     taught = {crop.name: _overlapping(crop, facts, seen, own) for crop in facts.crops}
     if not any(taught.values()):
         boxes = {crop.name: Box.whole(crop.grid.shape_zyx) for crop in dataset.crops}
-        return boxes, f"all {len(boxes)} crops of {dataset.root}, none of which the run has seen"
+        return boxes, f"{_crops(len(boxes))} of {dataset.root}, which the run has not seen"
     regions = {region.crop: region for region in split_of(run).validate}
     boxes = {}
     for crop in facts.crops:
@@ -88,7 +89,14 @@ def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -
             boxes[crop.name] = regions[twins[0].name].box(crop.shape_zyx)
     if not boxes:
         raise PlanError(run, f"trained on every crop of {dataset.root}", "import other crops as a second DATA")
-    return boxes, f"{len(boxes)} validation regions, which chose its checkpoint: score on a second DATA to compare"
+    return (
+        boxes,
+        f"the validation regions ({len(boxes)}) that chose its checkpoint: score a second DATA to compare",
+    )
+
+
+def _crops(number: int) -> str:
+    return "1 crop" if number == 1 else f"all {number} crops"
 
 
 def _overlapping(crop: CropFacts, facts: Fingerprint, seen: Fingerprint, own: bool) -> list[CropFacts]:

@@ -26,6 +26,7 @@ from autoseg.schema import (
 
 MISSING = "–"
 LINES_EVERY_S = 10.0
+RISING = 0.005
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -206,8 +207,8 @@ def threshold_line(tuned: TunedDecode, planned: Mapping[str, float]) -> str:
     return "thresholds from the validation regions: " + (", ".join(moved) if moved else "all as planned")
 
 
-def verdict(outcome: Outcome, losses: Sequence[float]) -> str:
-    """Return one sentence on how the run ended and what its loss did over the last tenth."""
+def verdict(outcome: Outcome, losses: Sequence[float], dice: Sequence[float]) -> str:
+    """Return one sentence on how the run ended, and whether validation Dice or loss still moved at the end."""
     if outcome.stopped_by:
         return (
             f"stopped by {outcome.stopped_by} at step {outcome.step} of {outcome.num_steps}; the same command goes on"
@@ -215,7 +216,9 @@ def verdict(outcome: Outcome, losses: Sequence[float]) -> str:
     tenth = max(1, len(losses) // 10)
     before, after = losses[-2 * tenth : -tenth], losses[-tenth:]
     text = f"done: {outcome.num_steps} steps, best validation Dice {number(outcome.best_mean_dice)}"
-    if before and after:
+    if len(dice) > 1 and dice[-1] > max(dice[:-1]) + RISING:
+        text += "; the validation Dice was still rising, a longer --budget may help"
+    elif before and after:
         change = sum(after) / len(after) - sum(before) / len(before)
         falls = change < -0.02 * abs(sum(before) / len(before))
         text += "; the loss was still falling, a longer --budget may help" if falls else "; the loss had levelled off"
