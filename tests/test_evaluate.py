@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -144,6 +145,26 @@ def test_data_that_the_run_has_seen_scores_only_on_validation_boxes(place: Path)
     assert judged.scores.run == str(place / "run")
     assert judged.scores.checkpoint is not None
     assert judged.scores.checkpoint.startswith("best")
+
+
+def test_a_run_that_does_not_say_what_it_learnt_from_is_not_scored(place: Path, tmp_path: Path) -> None:
+    """Without its fingerprint every crop would look unseen, the training crops too."""
+    run = Path(shutil.copytree(place / "run", tmp_path / "run"))
+    (run / "fingerprint.json").unlink()
+    with pytest.raises(PlanError, match=r"no fingerprint\.json"):
+        evaluate_run(run, place / "data", cache=place / "cache")
+
+
+def test_more_em_fetched_into_the_runs_own_data_does_not_make_it_unseen(place: Path, tmp_path: Path) -> None:
+    """Grey values are measured on the chunks that are there; in the run's own folder the name decides."""
+    run = Path(shutil.copytree(place / "run", tmp_path / "run"))
+    text = (run / "fingerprint.json").read_text()
+    other = json.loads(text)
+    for volume in other["volumes"]:
+        volume["intensity"]["mean"] *= 1.3
+    (run / "fingerprint.json").write_text(json.dumps(other))
+    judged = evaluate_run(run, place / "data", cache=place / "cache")
+    assert "validation regions" in judged.on
 
 
 def test_a_second_data_set_with_the_same_names_but_other_content_scores_whole(place: Path, tmp_path: Path) -> None:

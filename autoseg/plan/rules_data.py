@@ -93,7 +93,7 @@ def choose_dimensions(draft: Draft) -> Choice:
         return Choice("2d", f"crops are {depth} sections deep, fewer than {SLICES_2_5D}", "geometry")
     if draft["device"] == "cpu" or "patch_size_zyx" in draft.settings:
         because = "flat patches: neighbouring sections as channels cost at most 13 % of a step"
-        return Choice("2.5d", because, "measured step time, two CPU cores")
+        return Choice("2.5d", because, "step time of a prototype, two CPU cores")
     if anisotropy >= ANISOTROPY_OF_SECTIONS:
         because = f"sections are {anisotropy:.1f} times coarser than in plane (at least {ANISOTROPY_OF_SECTIONS:g})"
         return Choice("3d" if depth >= 2 * SLICES_2_5D else "2.5d", because, "Lee et al. 2017; nnU-Net's threshold")
@@ -136,7 +136,7 @@ def choose_input_slices(draft: Draft) -> Choice:
     z, y, x = draft["voxel_size_nm"]
     if draft["dimensions"] == "2.5d" and z / min(y, x) >= ANISOTROPY_OF_SECTIONS:
         because = f"2.5D: of {z:g} nm sections one neighbour on each side; on VNC that gained .008 Dice, within noise"
-        return Choice(SLICES_OF_SECTIONS, because, "measured once, 3 minutes")
+        return Choice(SLICES_OF_SECTIONS, because, "a prototype, once, 3 minutes")
     if draft["dimensions"] == "2.5d":
         return Choice(SLICES_2_5D, "2.5D: the section and two neighbours on each side", "2.5D by convention")
     return Choice(1, f"{draft['dimensions'].upper()}: one section or a solid patch", "dimensions")

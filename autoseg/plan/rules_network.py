@@ -63,7 +63,7 @@ def choose_kind(draft: Draft) -> Choice:
     """Return the kind of network."""
     if draft["dimensions"] == "3d":
         return Choice("rsunet", "3D EM: residual blocks, summed skips, kernels by anisotropy", "Lee et al. 2017")
-    return Choice("unet", "2D: a residual path costs 27 % more time a step", "measured step time, CPU")
+    return Choice("unet", "2D: a residual path costs 27 % more time a step", "step time of a prototype, CPU")
 
 
 def choose_strides(draft: Draft) -> Choice:
@@ -104,7 +104,7 @@ def choose_features(draft: Draft) -> Choice:
     because = f"from {base} up to {cap}: " + (
         "steps stay short enough for thousands of them" if base == 16 else "nnU-Net's widths"
     )
-    return Choice(widths, because, "measured on VNC: 32 scored .03 less in 3 minutes" if base == 16 else "nnU-Net")
+    return Choice(widths, because, "a prototype, once: 32 scored .03 less on VNC" if base == 16 else "nnU-Net")
 
 
 def choose_kernels(draft: Draft) -> Choice:
@@ -127,7 +127,9 @@ def choose_norm(draft: Draft) -> Choice:
         return Choice("group", "batches of a few 3D patches are too small for batch norm", "Wu and He 2018")
     if draft["device"] == "cpu":
         return Choice(
-            "batch", "batches of 8; group and instance norm cost 83 % and 55 % more time", "measured step time, CPU"
+            "batch",
+            "batches of 8; group and instance norm cost 83 % and 55 % more time",
+            "step time of a prototype, CPU",
         )
     return Choice("instance", "independent of the batch", "nnU-Net")
 

@@ -65,7 +65,7 @@ def choose_preset(draft: Draft) -> Choice:
         return Choice(
             "light",
             "a run under 5 minutes: strong augmentation scored .007 less on VNC, within noise",
-            "measured once, 3 minutes",
+            "a prototype, once, 3 minutes",
         )
     if z / min(y, x) >= ANISOTROPY_OF_SECTIONS:
         return Choice(
@@ -104,7 +104,7 @@ def choose_clip(_: Draft) -> Choice:
 
 def choose_ema(_: Draft) -> Choice:
     """Return the decay of the averaged weights, which validation and prediction use."""
-    return Choice(0.999, "costs no time; +.002 Dice on VNC, within noise", "measured once, 10 minutes")
+    return Choice(0.999, "costs no time; +.002 Dice on VNC, within noise", "a prototype, once, 10 minutes")
 
 
 def choose_num_steps(_: Draft) -> Choice:
@@ -165,7 +165,9 @@ def choose_mirrors(draft: Draft) -> Choice:
     if not draft["augmentation.flip"]:
         return Choice((), "training did not mirror", "augmentation.flip")
     return Choice(
-        ("y", "x"), "EM has no up; with right angles, copies gained .001 to .010 Dice in 6 of 6 runs", "measured on VNC"
+        ("y", "x"),
+        "EM has no up; with right angles, copies gained .001 to .010 Dice in 6 of 6 runs",
+        "a prototype on VNC",
     )
 
 
