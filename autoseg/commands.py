@@ -99,6 +99,7 @@ def run_plan(options: argparse.Namespace) -> int:
     plan = make_plan(out.stem, facts, hardware, settings)
     save(plan, out)
     console.print(terminal.plan_table(plan))
+    console.print(terminal.plan_summary(plan), style="bold")
     where = f" --data {options.data}" if options.data else ""
     console.print(f"wrote {out}; next: autoseg train --plan {out}{where}")
     _tell_cache(options, console)

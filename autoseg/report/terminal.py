@@ -53,6 +53,28 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def plan_summary(plan: Plan) -> str:
+    """Return in one sentence what will be trained, on what, and how long."""
+    network, patches = plan.network, plan.batch_size * plan.accumulate_batches
+    kind = f"{field_value(plan, 'dimensions').upper()} {network.kind} of {len(network.features)} levels"
+    size = " x ".join(f"{v:g}" for v in plan.voxel_size_nm)
+    patch = "x".join(str(n) for n in plan.patch_size_zyx)
+    steps = plan.optimizer.num_steps
+    if steps is not None:
+        course = f"{steps:,} steps"
+    else:
+        course = f"{plan.budget_s:g} s" + (
+            f" (about {plan.budget_s / plan.predicted_step_s:,.0f} steps)"
+            if plan.budget_s and plan.predicted_step_s
+            else ""
+        )
+    return (
+        f"{len(plan.classes)} classes at {size} nm; {kind} on {patches} patches of {patch} a step, {plan.precision} "
+        f"on the {plan.device.upper()}; {course}; {len(plan.split.train)} regions train, "
+        f"{len(plan.split.validate)} validate; {plan.predicted_ram_bytes / 2**30:.1f} GiB of RAM"
+    )
+
+
 def field_value(plan: Plan, field: str) -> Any:
     """Return the value of a dotted field; "dimensions" is read off the patch."""
     if field == "dimensions":
