@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import msgspec
 from rich.console import Console
 from test_planner import tiny_facts_plan
@@ -25,7 +27,7 @@ def test_the_summary_of_a_plan_says_what_is_trained_and_how_long() -> None:
 
 def test_the_table_of_a_plan_shows_each_reason_with_its_source() -> None:
     plan = tiny_facts_plan()
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(plan_table(plan))
     text = console.export_text()
     for reason in plan.reasons[:5]:
