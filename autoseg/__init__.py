@@ -24,7 +24,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      panels.py figures.py html.py style.py palette.py png.py
     │
     ├── model/             THE MACHINE
-    │                      networks.py · losses.py · windows.py (inference) · memory.py (traced bytes) · checkpoint.py
+    │                      networks.py · sums.py losses.py · windows.py (inference) · memory.py (traced) · checkpoint.py
     ├── metrics/           COUNTING
     │                      overlap.py (numpy in, counts out; no torch)
     ├── data/              WHAT THERE IS

@@ -14,7 +14,8 @@ from test_planner import tiny_facts_plan
 from torch import Tensor
 
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
-from autoseg.model.losses import CodeTable, build_loss, masked_loss
+from autoseg.model import losses
+from autoseg.model.losses import CodeTable, CodeTargets, MaskTargets, build_loss
 from autoseg.plan.rules_network import LOSS_TERMS
 from autoseg.schema import Loss
 
@@ -39,6 +40,10 @@ def draw(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = tor
 
 def mask(seed: int = 1, share: float = 0.7) -> Tensor:
     return (torch.rand(SHAPE, generator=torch.Generator().manual_seed(seed)) < share).float()
+
+
+def masked_loss(logits: Tensor, target: Tensor, known: Tensor, loss: Loss, class_weights: Tensor) -> Tensor:
+    return losses.masked_loss(logits, MaskTargets(target, known), loss, class_weights)
 
 
 # ---- conformance: what holds for every kind -----------------------------------------------------------------
@@ -241,10 +246,48 @@ def test_a_compound_is_the_weighted_sum_of_its_parts(kind: str, parts: dict[str,
 
 def test_the_code_table_says_what_each_code_means_for_each_class() -> None:
     table = CodeTable(torch.tensor([[UNKNOWN, UNKNOWN], [PRESENT, ABSENT], [ABSENT, UNKNOWN]], dtype=torch.uint8))
-    target, known = table.expand(torch.tensor([[[[0, 1, 2]]]]))
+    target, known = CodeTargets(torch.tensor([[[[0, 1, 2]]]]), table).dense()
     assert target.shape == known.shape == (1, 2, 1, 1, 3)
     assert target[0, :, 0, 0].tolist() == [[0, 1, 0], [0, 0, 0]]
     assert known[0, :, 0, 0].tolist() == [[0, 1, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_codes_and_masks_of_the_same_annotation_give_the_same_loss_and_gradient(kind: str, channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    table = CodeTable(torch.randint(0, 3, (5, 3), generator=generator).to(torch.uint8))
+    codes = CodeTargets(torch.randint(0, 5, (2, 1, 6, 8), generator=generator), table)
+    logits = draw(0, (2, 3, 1, 6, 8))[0]
+    if channels_last:
+        logits = logits.squeeze(2).contiguous(memory_format=torch.channels_last).unsqueeze(2)
+    found = []
+    for targets in (codes, codes.dense()):
+        leaf = logits.clone().requires_grad_()
+        value = losses.masked_loss(leaf, targets, loss_of(kind), torch.tensor([1.0, 2.0, 0.5]))
+        found.append((value.detach(), *torch.autograd.grad(value, leaf)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_that_of_the_formula_written_out(kind: str) -> None:
+    logits, target = draw(4)
+    known, loss = mask(), loss_of(kind, focal_gamma=1.5)
+    p, n = torch.sigmoid(logits.requires_grad_()), known.sum(dim=(0, 2, 3, 4))
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    sums = lambda x: (x * known).sum(dim=(0, 2, 3, 4))  # noqa: E731
+    tp, fp, fn = sums(p * target), sums(p * (1 - target)), sums((1 - p) * target)
+    tversky = (tp + loss.smooth) / (tp + loss.tversky_alpha * fp + loss.tversky_beta * fn + loss.smooth)
+    written = (
+        loss.bce_weight * sums(bce) / n
+        + loss.focal_weight * sums((1 - torch.exp(-bce)) ** loss.focal_gamma * bce) / n
+        + loss.dice_weight * (1 - (2 * tp + loss.smooth) / (2 * tp + fp + fn + loss.smooth))
+        + loss.tversky_weight * (1 - tversky)
+    ).mean()
+    ours = masked_loss(logits, target, known, loss, EVEN)
+    torch.testing.assert_close(ours, written)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (ours, written)))
 
 
 def test_coarser_levels_are_compared_with_the_same_place_and_weigh_half() -> None:
@@ -254,12 +297,16 @@ def test_coarser_levels_are_compared_with_the_same_place_and_weigh_half() -> Non
     known = torch.ones_like(target)
     coarse = draw(1, (2, 2, 1, 4, 4))[0]
     weights = torch.ones(2)
+    targets = MaskTargets(target, known)
     fine_value = masked_loss(logits, target, known, plan.loss, weights)
     filled = target.reshape(2, 2, 1, 4, 2, 4, 2).mean(dim=(4, 6))
     coarse_value = masked_loss(coarse, (filled >= 0.5).float(), torch.ones_like(coarse), plan.loss, weights)
-    torch.testing.assert_close(loss([logits], target, known), fine_value)
-    torch.testing.assert_close(loss([logits, coarse], target, known), (fine_value + 0.5 * coarse_value) / 1.5)
+    torch.testing.assert_close(loss([logits], targets), fine_value)
+    torch.testing.assert_close(loss([logits, coarse], targets), (fine_value + 0.5 * coarse_value) / 1.5)
     unknown = known.clone()
     unknown[..., ::2, :] = 0
     unknown[..., ::2] = 0
-    assert loss([logits, coarse], target, unknown) == masked_loss(logits, target, unknown, plan.loss, weights) / 1.5
+    assert (
+        loss([logits, coarse], MaskTargets(target, unknown))
+        == masked_loss(logits, target, unknown, plan.loss, weights) / 1.5
+    )

@@ -19,7 +19,11 @@ from autoseg.schema import Network, Plan
 KINDS = ("unet", "resunet", "rsunet")
 NORMS = ("batch", "group", "instance")
 FLAT: dict[str, Any] = {"fold_zyx": (1, 1, 1), "kernels_zyx": ((1, 3, 3),) * 3, "strides_zyx": ((1, 2, 2), (1, 2, 2))}
-MIXED: dict[str, Any] = {"fold_zyx": (1, 1, 1), "kernels_zyx": ((1, 3, 3), (3, 3, 3), (3, 3, 3)), "strides_zyx": ((1, 2, 2), (2, 2, 2))}
+MIXED: dict[str, Any] = {
+    "fold_zyx": (1, 1, 1),
+    "kernels_zyx": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+    "strides_zyx": ((1, 2, 2), (2, 2, 2)),
+}
 CUBIC: dict[str, Any] = {"fold_zyx": (1, 1, 1), "kernels_zyx": ((3, 3, 3),) * 3, "strides_zyx": ((2, 2, 2), (2, 2, 2))}
 SHAPES: dict[str, tuple[VoxelsZYX, int, dict[str, Any]]] = {
     "2d": ((1, 16, 24), 1, FLAT),

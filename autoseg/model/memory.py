@@ -15,7 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoseg.geometry import VoxelsZYX
-from autoseg.model.losses import supervised_loss
+from autoseg.model.losses import CodeTable, CodeTargets, supervised_loss
 from autoseg.model.networks import UShape
 from autoseg.schema import Loss, Network
 
@@ -23,6 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # CUDA context, cuDNN workspace and fragmentation are not in the trace; estimated, to be calibrated on a device.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CUDA_WORKSPACE_SHARE = 0.10
+NUM_CODES = 256  # rows of the table of label codes
 
 
 class StepCost(NamedTuple):
@@ -63,18 +64,19 @@ def _trace(
         model: nn.Module = UShape(network, in_channels, num_classes, flat=patch_zyx[0] == 1)
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         image = torch.empty(batch, in_channels, *patch_zyx)
-        target, known = (torch.empty(batch, num_classes, *patch_zyx) for _ in range(2))
+        codes = torch.empty(batch, *patch_zyx, dtype=torch.int64)
+        table = CodeTable(torch.empty(NUM_CODES, num_classes, dtype=torch.uint8))
         weights = torch.empty(num_classes)
 
         def step() -> None:
             with torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"):
                 logits: list[Tensor] = model(image)
-            supervised_loss(logits, target, known, loss, weights).backward()  # type: ignore[no-untyped-call]
+            supervised_loss(logits, CodeTargets(codes, table), loss, weights).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
 
         tracker = MemTracker()
-        tracker.track_external(model, optimizer, image, target, known)
+        tracker.track_external(model, optimizer, image, codes)
         with tracker:
             step()
             tracker.reset_mod_stats()

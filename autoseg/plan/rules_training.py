@@ -146,9 +146,7 @@ def choose_tile(draft: Draft) -> Choice:
     if z > 1:
         return Choice((z, y, x), "the patch it was trained on", "patch_size_zyx")
     factor = 4 if draft["device"] == "cpu" else 2 if y <= 256 else 1
-    return Choice(
-        (1, y * factor, x * factor), "larger than the patch: less is computed twice", "fully convolutional"
-    )
+    return Choice((1, y * factor, x * factor), "larger than the patch: less is computed twice", "fully convolutional")
 
 
 def choose_overlap(draft: Draft) -> Choice:

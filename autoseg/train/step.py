@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from autoseg.model.losses import CodeTable, build_loss
+from autoseg.model.losses import CodeTable, CodeTargets, build_loss
 from autoseg.model.networks import build_network
 from autoseg.model.windows import autocast
 from autoseg.schema import Plan, StepResult
@@ -64,8 +64,7 @@ class Learner:
     def _forward(self, image: Tensor, codes: Tensor, table: CodeTable) -> Tensor:
         with autocast(self.plan, self.device):
             logits = self.network(image.to(self.device, non_blocking=True))
-        target, known = table.expand(codes.to(self.device, non_blocking=True).long())
-        return self._loss(logits, target, known)
+        return self._loss(logits, CodeTargets(codes.to(self.device, non_blocking=True).long(), table))
 
     @torch.no_grad()
     def _average(self, step: int) -> None:

@@ -12,6 +12,7 @@ Dice; AdamW 3e-3 with decay 1e-2, 5 % warm-up, cosine to zero over the wall cloc
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import nn
 
 WIDTHS, BATCH, PATCH, RATE = (16, 32, 64, 128, 128), 8, 128, 3e-3
@@ -37,7 +38,7 @@ class UNet(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.down = nn.ModuleList(double_conv(b, w) for b, w in zip((1, *WIDTHS), WIDTHS, strict=False))
-        self.up = nn.ModuleList(double_conv(a + b, a) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
+        self.up = nn.ModuleList(double_conv(a + b, a) for a, b in itertools.pairwise(WIDTHS))
         self.head = nn.Conv2d(WIDTHS[0], classes, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +134,7 @@ def main() -> None:
                 for k, value in enumerate(values.values()):
                     truth = label == value
                     counts[k] += (found[k] & truth).sum(), (found[k] & ~truth).sum(), (~found[k] & truth).sum()
-    dice = {name: round(float(2 * tp / (2 * tp + fp + fn)), 4) for name, (tp, fp, fn) in zip(values, counts, strict=True)}
+    dice = {k: round(float(2 * tp / (2 * tp + fp + fn)), 4) for k, (tp, fp, fn) in zip(values, counts, strict=True)}
     result = {"mean_dice": round(float(np.mean(list(dice.values()))), 4), "dice": dice, "steps": steps}
     print(json.dumps(result))
     if options.out:
