@@ -251,7 +251,6 @@ def valid_plan(**changes: Any) -> schema.Plan:
         network=schema.Network(
             kind="unet",
             features=(4, 8),
-            fold_zyx=(1, 1, 1),
             kernels_zyx=((1, 3, 3), (1, 3, 3)),
             strides_zyx=((1, 2, 2),),
             norm="batch",

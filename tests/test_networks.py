@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import msgspec
@@ -13,25 +12,19 @@ from test_planner import tiny_facts_plan
 from torch import Tensor, nn
 
 from autoseg.geometry import VoxelsZYX
-from autoseg.model.networks import UShape, build_network, fold, smallest_patch, unfold
+from autoseg.model.networks import UShape, build_network, smallest_patch
 from autoseg.schema import Network, Plan
 
 KINDS = ("unet", "resunet", "rsunet")
 NORMS = ("batch", "group", "instance")
-FLAT: dict[str, Any] = {"fold_zyx": (1, 1, 1), "kernels_zyx": ((1, 3, 3),) * 3, "strides_zyx": ((1, 2, 2), (1, 2, 2))}
-MIXED: dict[str, Any] = {
-    "fold_zyx": (1, 1, 1),
-    "kernels_zyx": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
-    "strides_zyx": ((1, 2, 2), (2, 2, 2)),
-}
-CUBIC: dict[str, Any] = {"fold_zyx": (1, 1, 1), "kernels_zyx": ((3, 3, 3),) * 3, "strides_zyx": ((2, 2, 2), (2, 2, 2))}
+FLAT: dict[str, Any] = {"kernels_zyx": ((1, 3, 3),) * 3, "strides_zyx": ((1, 2, 2), (1, 2, 2))}
+MIXED: dict[str, Any] = {"kernels_zyx": ((1, 3, 3), (3, 3, 3), (3, 3, 3)), "strides_zyx": ((1, 2, 2), (2, 2, 2))}
+CUBIC: dict[str, Any] = {"kernels_zyx": ((3, 3, 3),) * 3, "strides_zyx": ((2, 2, 2), (2, 2, 2))}
 SHAPES: dict[str, tuple[VoxelsZYX, int, dict[str, Any]]] = {
     "2d": ((1, 16, 24), 1, FLAT),
     "2.5d": ((1, 16, 24), 5, FLAT),
     "3d-flat-first": ((4, 16, 24), 1, MIXED),
     "3d-cubic": ((8, 8, 16), 1, CUBIC),
-    "2.5d-folded": ((1, 16, 24), 3, FLAT | {"fold_zyx": (1, 2, 2)}),
-    "3d-folded": ((4, 16, 16), 1, MIXED | {"fold_zyx": (1, 2, 2)}),
 }
 EVERY = list(itertools.product(KINDS, NORMS, SHAPES))
 FEATURES = (4, 6, 8)
@@ -85,7 +78,7 @@ def test_deep_supervision_gives_coarser_logits_finest_first_and_only_in_training
     network = network_of(kind, "group", shape, deep_supervision=True)
     logits = network.train()(image_of(shape))
     first = rest["strides_zyx"][0]
-    halved = tuple(n // f // s for n, f, s in zip(patch, rest["fold_zyx"], first, strict=True))
+    halved = tuple(n // s for n, s in zip(patch, first, strict=True))
     assert [tuple(out.shape[2:]) for out in logits] == [patch, halved]
     alone = network.eval()(image_of(shape))
     assert [tuple(out.shape[2:]) for out in alone] == [patch]
@@ -154,30 +147,6 @@ def test_the_smallest_patch_is_the_product_of_the_strides() -> None:
     z, y, x = smallest_patch(record)
     assert (z, y, x) == (2, 4, 4)
     assert network.eval()(torch.zeros(1, 1, z, y, x))[0].shape[2:] == (z, y, x)
-
-
-@pytest.mark.parametrize(("kind", "shape"), [("unet", "2.5d-folded"), ("rsunet", "3d-folded")])
-def test_the_smallest_patch_of_a_folded_network_is_a_multiple_of_the_fold(kind: str, shape: str) -> None:
-    patch, slices, rest = SHAPES[shape]
-    network = network_of(kind, "group", shape)
-    record = Network(kind=kind, norm="group", features=FEATURES, deep_supervision=False, **rest)
-    edges = smallest_patch(record)
-    assert all(n % edge == 0 for n, edge in zip(patch, edges, strict=True))
-    assert edges[2] == 4 * rest["fold_zyx"][2]
-    image = torch.zeros(1, slices, 1 if patch[0] == 1 else edges[0], edges[1], edges[2])
-    assert network.eval()(image)[0].shape[3:] == edges[1:]
-
-
-@pytest.mark.parametrize("factors", [(2, 2), (1, 2, 2), (2, 4, 1), (1, 1, 1), (4, 4)])
-def test_folding_moves_every_voxel_once_and_unfolding_puts_it_back(factors: tuple[int, ...]) -> None:
-    size = tuple(4 * (i + 1) for i in range(len(factors)))
-    x = torch.arange(2 * 3 * math.prod(size), dtype=torch.float32).reshape(2, 3, *size)
-    folded = fold(x, factors)
-    assert folded.shape == (2, 3 * math.prod(factors), *(n // f for n, f in zip(size, factors, strict=True)))
-    torch.testing.assert_close(unfold(folded, factors), x)
-    corner = (slice(None), slice(None), *(slice(0, f) for f in factors))
-    origin = (slice(None), slice(None), *(0 for _ in factors))
-    torch.testing.assert_close(folded[origin].reshape(2, 3, -1), x[corner].reshape(2, 3, -1))
 
 
 def test_a_network_is_a_module_that_torch_can_save_by_name() -> None:

@@ -125,12 +125,7 @@ def make_plan(names: tuple[str, ...], **changes: Any) -> Plan:
     machine = Hardware(
         name="machine", gpus=(), cpu_name="a CPU", cpu_threads=2, cpu_bf16=True, ram_bytes=2**34, shm_bytes=2**30
     )
-    levels = {
-        "fold_zyx": (1, 1, 1),
-        "features": (8, 16),
-        "kernels_zyx": ((1, 3, 3), (1, 3, 3)),
-        "strides_zyx": ((1, 2, 2),),
-    }
+    levels = {"features": (8, 16), "kernels_zyx": ((1, 3, 3), (1, 3, 3)), "strides_zyx": ((1, 2, 2),)}
     augmentation = {
         field.name: 0.5 if field.type is float else False if field.type is bool else (0.5, 1.0)
         for field in msgspec.structs.fields(Augmentation)

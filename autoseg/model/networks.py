@@ -2,15 +2,13 @@
 
 ::
 
-    level 0   fold ─ stem ─ block ───────────────── skip ─────────────── block ─ head ─ unfold ─► logits, full size
-                              └ stride 0 ► block ──── skip ──── block ─ up ┘ ─ head ─► logits, level 1 (deep supervision)
-                                             └ stride 1 ► block ─ up ┘
+    level 0   stem ─ block ───────────────── skip ─────────────── block ─ head ─► logits, full size
+                       └ stride 0 ► block ──── skip ──── block ─ up ┘ ─ head ─► logits, level 1 (deep supervision)
+                                      └ stride 1 ► block ─ up ┘
 
 `unet` blocks are two convolutions and join skips by concatenation; `resunet` adds a residual path; `rsunet` uses
 pre-activation residual blocks, sums skips and upsamples by interpolation and a 1x1x1 convolution, which keeps a
 constant constant (Lee et al. 2017, arXiv 1706.00120). Kernels and strides per level come from the voxel size.
-Folding moves 2x2 neighbours into channels, so that no level works at full size; the logits of a folded voxel are
-unfolded by the same rule (sub-pixel convolution, Shi et al. 2016, arXiv 1609.05158).
 """
 
 from __future__ import annotations
@@ -50,8 +48,6 @@ class UShape(nn.Module):
         super().__init__()
         self.flat, self.deep_supervision = flat, network.deep_supervision
         dims = 2 if flat else 3
-        self.fold = network.fold_zyx[-dims:]
-        in_channels *= math.prod(self.fold)
         kernels = [kernel[-dims:] for kernel in network.kernels_zyx]
         strides = [stride[-dims:] for stride in network.strides_zyx]
         features = network.features
@@ -78,13 +74,12 @@ class UShape(nn.Module):
             self.decoder.append(block(dims, joined, fine, kernels[level], network.norm))
         num_heads = len(features) - 1 if network.deep_supervision else 1
         for level in range(num_heads):
-            channels = out_channels * (math.prod(self.fold) if level == 0 else 1)
-            self.heads.append(Convolution(dims, features[level], channels, kernel_size=1, conv_only=True))
+            self.heads.append(Convolution(dims, features[level], out_channels, kernel_size=1, conv_only=True))
 
     def forward(self, image_BCZYX: Tensor) -> list[Tensor]:
         """Return logits, finest first; coarser ones only in training."""
         x = image_BCZYX.squeeze(2) if self.flat else image_BCZYX
-        x = self.stem(fold(x, self.fold))
+        x = self.stem(x)
         skips = []
         for level, block in enumerate(self.encoder):
             x = block(x if level == 0 else self.pools[level - 1](x))
@@ -94,36 +89,8 @@ class UShape(nn.Module):
             x = self.decoder[level](self.ups[level](x, skips[level]))
             if level < len(self.heads) and (level == 0 or self.training):
                 out = self.heads[level](x)
-                out = unfold(out, self.fold) if level == 0 else out
                 logits.insert(0, out.unsqueeze(2) if self.flat else out)
         return logits
-
-
-def fold(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """Return (B, C · product, ...) with every axis shorter by its factor; channel c comes from channel c // product."""
-    if math.prod(factors) == 1:
-        return x
-    if tuple(factors) == (2, 2):
-        return F.pixel_unshuffle(x, 2)
-    dims = len(factors)
-    split = [n for size, f in zip(x.shape[2:], factors, strict=True) for n in (size // f, f)]
-    inner = [3 + 2 * i for i in range(dims)]
-    x = x.reshape(*x.shape[:2], *split).permute(0, 1, *inner, *(i - 1 for i in inner))
-    return x.reshape(x.shape[0], -1, *x.shape[2 + dims :])
-
-
-def unfold(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """Return what `fold` returned the fold of."""
-    if math.prod(factors) == 1:
-        return x
-    if tuple(factors) == (2, 2):
-        return F.pixel_shuffle(x, 2)
-    dims = len(factors)
-    x = x.reshape(x.shape[0], -1, *factors, *x.shape[2:])
-    order = [axis for i in range(dims) for axis in (2 + dims + i, 2 + i)]
-    x = x.permute(0, 1, *order)
-    sizes = [x.shape[2 + 2 * i] * x.shape[3 + 2 * i] for i in range(dims)]
-    return x.reshape(*x.shape[:2], *sizes)
 
 
 class _Up(nn.Module):
@@ -223,6 +190,6 @@ class _Preactivation(nn.Module):
 
 
 def smallest_patch(network: Network) -> VoxelsZYX:
-    """Return the edges that a patch must be a multiple of: the product of fold and strides along each axis."""
-    z, y, x = (math.prod(step[axis] for step in (network.fold_zyx, *network.strides_zyx)) for axis in range(3))
+    """Return the edges that a patch must be a multiple of: the product of the strides along each axis."""
+    z, y, x = (math.prod(stride[axis] for stride in network.strides_zyx) for axis in range(3))
     return z, y, x

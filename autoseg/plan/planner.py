@@ -41,7 +41,6 @@ _POSITIVE = (
     "batch_size",
     "network.features",
     "network.kernels_zyx",
-    "network.fold_zyx",
     "network.strides_zyx",
 )
 
@@ -72,7 +71,6 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("split", _split),
     ("voxel_size_nm", data.choose_voxel_size),
     ("dimensions", data.choose_dimensions),
-    ("network.fold_zyx", network.choose_fold),
     ("patch_size_zyx", data.choose_patch_size),
     ("input_slices", data.choose_input_slices),
     ("network.kind", network.choose_kind),
@@ -184,7 +182,7 @@ def _check_network(draft: Draft) -> None:
     if any(s not in (1, 2) for stride in strides for s in stride):
         raise PlanError("network.strides_zyx", "a stride is neither 1 nor 2", "use 1 or 2")
     for axis, edge in enumerate(draft["patch_size_zyx"]):
-        step = math.prod(factor[axis] for factor in (draft["network.fold_zyx"], *strides))
+        step = math.prod(stride[axis] for stride in strides)
         if edge % step:
-            what = f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.fold_zyx, network.strides_zyx)"
+            what = f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.strides_zyx)"
             raise PlanError("patch_size_zyx", what, f"use {max(step, edge // step * step)}")

@@ -117,7 +117,7 @@ def choose_patch_size(draft: Draft) -> Choice:
     dimensions = draft["dimensions"]
     extent = _median_extent(draft)
     if dimensions in ("2d", "2.5d"):
-        limit = 128 * max(draft["network.fold_zyx"][1:]) if draft["device"] == "cpu" else 512
+        limit = 128 if draft["device"] == "cpu" else 512
         edge = _edge(min(extent[1:]), limit)
         valid = min(1.0, extent[1] / edge) * min(1.0, extent[2] / edge)
         because = f"{valid:.0%} of such a patch is annotated in the median crop of {_voxels(extent)} voxels"

@@ -66,17 +66,11 @@ def choose_kind(draft: Draft) -> Choice:
     return Choice("unet", "2D: a residual path costs 27 % more time a step", "step time of a prototype, CPU")
 
 
-def choose_fold(draft: Draft) -> Choice:
-    """Return the voxels that become channels before the first level."""
-    return Choice((1, 1, 1), "every level of the network works on voxels", "U-Net")
-
-
 def choose_strides(draft: Draft) -> Choice:
     """Return the stride of each level: an axis is halved once it is no coarser than twice the finest one."""
     patch: VoxelsZYX = draft["patch_size_zyx"]
-    fold = draft["network.fold_zyx"]
-    spacing = [v * f for v, f in zip(draft["voxel_size_nm"], fold, strict=True)]
-    edges = [n // f for n, f in zip(patch, fold, strict=True)]
+    spacing = list(draft["voxel_size_nm"])
+    edges = list(patch)
     strides: list[tuple[int, int, int]] = []
     limit = len(draft.settings.get("network.features", range(5))) - 1
     while len(strides) < limit:
@@ -115,7 +109,7 @@ def choose_features(draft: Draft) -> Choice:
 
 def choose_kernels(draft: Draft) -> Choice:
     """Return the kernel of each level: flat while sections are at least twice as coarse as the plane."""
-    spacing = [v * f for v, f in zip(draft["voxel_size_nm"], draft["network.fold_zyx"], strict=True)]
+    spacing = list(draft["voxel_size_nm"])
     flat = draft["patch_size_zyx"][0] == 1
     kernels = []
     for stride in [*draft["network.strides_zyx"], (1, 1, 1)]:
@@ -173,8 +167,7 @@ def choose_batch_size(draft: Draft) -> Choice:
     flat = draft["patch_size_zyx"][0] == 1
     cost = step_cost(draft)
     if draft["device"] == "cpu":
-        folded = math.prod(draft["patch_size_zyx"]) / math.prod(draft["network.fold_zyx"])
-        wanted = max(1, round(8 * 128 * 128 / folded)) if flat else 2
+        wanted = max(1, round(8 * 128 * 128 / math.prod(draft["patch_size_zyx"]))) if flat else 2
     else:
         wanted = MAX_BATCH[flat]
     room, name = _room(draft)

@@ -39,20 +39,18 @@ def _network(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "network.kernels_zyx", "a kernel edge is not odd", "use 1, 3, 5 or 7"
     elif any(s not in (1, 2) for stride in network.strides_zyx for s in stride):
         yield "network.strides_zyx", "a stride is neither 1 nor 2", "use 1 or 2"
-    elif any(f not in (1, 2, 4) for f in network.fold_zyx):
-        yield "network.fold_zyx", f"{list(network.fold_zyx)}", "use 1, 2 or 4 voxels along an axis"
     else:
         for name, edges in (
             ("patch_size_zyx", plan.patch_size_zyx),
             ("sliding_window.tile_zyx", plan.sliding_window.tile_zyx),
         ):
             for axis, edge in enumerate(edges):
-                step = math.prod(factor[axis] for factor in (network.fold_zyx, *network.strides_zyx))
+                step = math.prod(stride[axis] for stride in network.strides_zyx)
                 if edge < 1 or edge % step:
                     near = max(step, edge // step * step)
                     yield (
                         name,
-                        f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.fold_zyx, network.strides_zyx)",
+                        f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.strides_zyx)",
                         f"use {near}",
                     )
 

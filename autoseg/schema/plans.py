@@ -37,13 +37,9 @@ class Split(Record, frozen=True, kw_only=True):
 
 
 class Network(Record, frozen=True, kw_only=True):
-    """A U-shaped network, level 0 finest; `strides_zyx[i]` leads from level i to level i + 1.
-
-    `fold_zyx` voxels become channels before level 0, and its logits unfold again to the size of the patch.
-    """
+    """A U-shaped network, level 0 finest; `strides_zyx[i]` leads from level i to level i + 1."""
 
     kind: Literal["unet", "resunet", "rsunet"]
-    fold_zyx: VoxelsZYX
     features: tuple[int, ...]
     kernels_zyx: tuple[VoxelsZYX, ...]
     strides_zyx: tuple[VoxelsZYX, ...]
