@@ -29,7 +29,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      overlap.py (numpy in, counts out; no torch)
     ├── data/              WHAT THERE IS
     │                      dataset.py (the layout) · classes.py (three-valued logic) · codes.py (label codes)
-    │                      em.py · resample.py · split.py · convert.py, writer.py (import) · synthetic.py
+    │                      shapes.py (thickness, instances) · em.py · resample.py · split.py
+    │                      convert.py, writer.py (import) · synthetic.py
     │                      store/ (the only door to zarr): engine.py metadata.py reading.py pyramid.py
     │                      formats/ (the only door to TIFF, HDF5, ...): volume.py readers.py writers.py pairing.py
     │

@@ -46,6 +46,7 @@ class CropCodes(NamedTuple):
     names: tuple[str, ...]
     states_CK: States
     counts_BC: NDArray[np.uint32]
+    folder: Path
 
     @property
     def histogram_C(self) -> NDArray[np.int64]:
@@ -80,7 +81,7 @@ def _read_entry(folder: Path, grid: Grid) -> CropCodes:
     expected = (grid.shape_zyx, (len(index_blocks(grid.shape_zyx)), len(states)), (len(states), len(names)))
     if (codes.shape, counts.shape, states.shape) != expected:
         raise ValueError(f"shapes {codes.shape}, {counts.shape}, {states.shape} instead of {expected}")
-    return CropCodes(grid, codes, names, states, counts)
+    return CropCodes(grid, codes, names, states, counts, folder)
 
 
 def index_blocks(shape_zyx: VoxelsZYX) -> list[Box]:

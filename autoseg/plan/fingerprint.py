@@ -1,21 +1,40 @@
-"""DATA -> fingerprint: what was annotated, how often each class occurs, how the EM looks. Reads each voxel once."""
+"""DATA -> fingerprint: what was annotated, how often and how thick each class is, how the EM looks.
+
+Counts come from every voxel, read once; thickness and instances from boxes of the crops that show a class best.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoseg.data import store
-from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, select
-from autoseg.data.codes import open_codes
+from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, States, select
+from autoseg.data.codes import CropCodes, open_codes
 from autoseg.data.dataset import Crop, Dataset, open_dataset
 from autoseg.data.em import finest_stored, measure_intensity
+from autoseg.data.shapes import measure_shape, pool_shape, sections_apart
 from autoseg.errors import DataError
-from autoseg.schema import ClassCount, CropFacts, Fingerprint, VolumeFacts
+from autoseg.schema import ClassCount, ClassShape, CropFacts, Fingerprint, VolumeFacts
 
 Progress = Callable[[str, int, int], None]
+SHAPE_CROPS = 2
+SHAPE_VOXELS = 1000
+
+
+class _Opened(NamedTuple):
+    """One crop, its codes, and what they mean for the classes of the fingerprint."""
+
+    crop: Crop
+    codes: CropCodes
+    states_CK: States
+    conflicts_C: NDArray[np.bool_]
 
 
 def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done, total: None) -> Fingerprint:
@@ -27,10 +46,11 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
     annotated = sorted({label.name for crop in dataset.crops for label in crop.labels})
     select(dataset.table, annotated)
     names = _knowable(logic, dataset, annotated)
-    crops = []
+    crops, opened = [], []
     for done, crop in enumerate(dataset.crops):
         progress("crops", done, len(dataset.crops))
-        crops.append(_crop_facts(crop, logic, names, cache))
+        opened.append(_open(crop, logic, names, cache))
+        crops.append(_crop_facts(opened[-1], names))
     progress("crops", len(dataset.crops), len(dataset.crops))
     volumes = {crop.volume: crop.em for crop in dataset.crops}
     return Fingerprint(
@@ -39,6 +59,7 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
         classes=select(dataset.table, names),
         disjoint=dataset.table.disjoint,
         left_out=dataset.left_out,
+        shapes=_shapes(names, crops, opened, progress),
     )
 
 
@@ -54,18 +75,21 @@ def _knowable(logic: Logic, dataset: Dataset, annotated: list[str]) -> list[str]
     return sorted([*annotated, *derived], key=order.__getitem__)
 
 
-def _crop_facts(crop: Crop, logic: Logic, names: list[str], cache: Path) -> CropFacts:
+def _open(crop: Crop, logic: Logic, names: list[str], cache: Path) -> _Opened:
     codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
-    histogram = codes.histogram_C
     states, conflicts = logic.complete(logic.rows(codes.states_CK, codes.names))
-    columns = logic.columns(names)
+    return _Opened(crop, codes, states[:, logic.columns(names)], np.asarray(conflicts.any(axis=1)))
+
+
+def _crop_facts(opened: _Opened, names: list[str]) -> CropFacts:
+    crop, histogram = opened.crop, opened.codes.histogram_C
     counts = {
         name: ClassCount(
-            absent=int(histogram[states[:, k] == ABSENT].sum()),
-            present=int(histogram[states[:, k] == PRESENT].sum()),
-            unknown=int(histogram[states[:, k] == UNKNOWN].sum()),
+            absent=int(histogram[states == ABSENT].sum()),
+            present=int(histogram[states == PRESENT].sum()),
+            unknown=int(histogram[states == UNKNOWN].sum()),
         )
-        for name, k in zip(names, columns, strict=True)
+        for name, states in zip(names, opened.states_CK.T, strict=True)
     }
     return CropFacts(
         name=crop.name,
@@ -76,8 +100,40 @@ def _crop_facts(crop: Crop, logic: Logic, names: list[str], cache: Path) -> Crop
         split=crop.split,
         annotated=tuple(label.name for label in crop.labels),
         counts=counts,
-        conflicts=int(histogram[conflicts.any(axis=1)].sum()),
+        conflicts=int(histogram[opened.conflicts_C].sum()),
     )
+
+
+def _shapes(
+    names: list[str], crops: Sequence[CropFacts], opened: Sequence[_Opened], progress: Progress
+) -> tuple[ClassShape, ...]:
+    """Return thickness and instances of each class that lies anywhere, from the crops that show it best."""
+    shapes = []
+    for k, name in enumerate(names):
+        progress("shapes", k, len(names))
+        chosen = _best_crops(name, crops)
+        samples = []
+        for index in chosen:
+            crop, codes, states_CK, _ = opened[index]
+            source = next((label for label in crop.labels if label.name == name and label.instance), None)
+            samples.append(measure_shape(codes, states_CK[:, k], source, crop.name))
+        if samples:
+            flat = [any(sections_apart(crops[index].voxel_size_nm)) for index in chosen]
+            shapes.append(pool_shape(name, samples, in_plane=any(flat)))
+    progress("shapes", len(names), len(names))
+    return tuple(shapes)
+
+
+def _best_crops(name: str, crops: Sequence[CropFacts]) -> list[int]:
+    """Return the crops to measure a class in: those that hold enough of it, the finest first, then by lot."""
+
+    def rank(index: int) -> tuple[bool, int, str]:
+        crop = crops[index]
+        octave = round(math.log2(math.prod(crop.voxel_size_nm)) / 3)
+        lot = hashlib.sha256(crop.name.encode()).hexdigest()
+        return crop.counts[name].present < SHAPE_VOXELS, octave, lot
+
+    return sorted((i for i, crop in enumerate(crops) if crop.counts[name].present), key=rank)[:SHAPE_CROPS]
 
 
 def _volume_facts(name: str, em: Path, root: Path) -> VolumeFacts:

@@ -14,6 +14,7 @@ from rich.text import Text
 from autoseg.metrics.overlap import mean
 from autoseg.schema import (
     ClassCount,
+    ClassShape,
     Fingerprint,
     Observer,
     Outcome,
@@ -105,10 +106,11 @@ def short_value(value: Any) -> str:
 
 
 def fingerprint_table(facts: Fingerprint) -> Table:
-    """Return classes by their annotated and positive voxels and crops."""
+    """Return classes by their annotated and positive voxels, crops, thickness and instances."""
     table = Table(title=f"{len(facts.crops)} crops in {len(facts.volumes)} volumes", title_justify="left")
-    for name in ("class", "annotated", "positive", "share", "crops that annotate it", "crops that contain it"):
+    for name in ("class", "annotated", "positive", "share", "annotate it", "contain it", "thickness nm", "instances"):
         table.add_column(name, justify="left" if name == "class" else "right")
+    shapes = {shape.name: shape for shape in facts.shapes}
     for entry in facts.classes:
         counts = [c.counts[entry.name] for c in facts.crops if entry.name in c.counts]
         positive, known = sum(c.present for c in counts), sum(c.present + c.absent for c in counts)
@@ -119,8 +121,19 @@ def fingerprint_table(facts: Fingerprint) -> Table:
             f"{positive / known:.2%}" if known else MISSING,
             str(sum(_known(c) > 0 for c in counts)),
             str(sum(c.present > 0 for c in counts)),
+            *_shape_cells(shapes.get(entry.name)),
         )
     return table
+
+
+def _shape_cells(shape: ClassShape | None) -> tuple[str, str]:
+    """Return the median thickness (p10-p90) and the whole instances that were sampled (and those cut)."""
+    if shape is None:
+        return MISSING, MISSING
+    thick = shape.thickness_nm
+    plane = " in plane" if shape.in_plane else ""
+    nm = f"{thick.p50:.0f} ({thick.p10:.0f}–{thick.p90:.0f}){plane}" if thick else "beyond the crops"
+    return nm, f"{shape.num_instances:,} (+{shape.num_instances_cut:,} cut)"
 
 
 def _known(count: ClassCount) -> int:

@@ -5,6 +5,7 @@ from autoseg.schema.events import Observer, Outcome, StepResult, ValidationScore
 from autoseg.schema.facts import (
     ClassCount,
     ClassEntry,
+    ClassShape,
     ClassTable,
     CropFacts,
     Fingerprint,
@@ -12,6 +13,7 @@ from autoseg.schema.facts import (
     Hardware,
     Intensity,
     LeftOut,
+    Quantiles,
     VolumeFacts,
 )
 from autoseg.schema.files import (
@@ -56,6 +58,7 @@ __all__ = [
     "ClassCount",
     "ClassEntry",
     "ClassScore",
+    "ClassShape",
     "ClassTable",
     "CropFacts",
     "Decode",
@@ -72,6 +75,7 @@ __all__ = [
     "Optimizer",
     "Outcome",
     "Plan",
+    "Quantiles",
     "Reason",
     "Record",
     "Region",

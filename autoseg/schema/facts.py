@@ -76,6 +76,33 @@ class CropFacts(Record, frozen=True, kw_only=True):
         return Grid(self.shape_zyx, self.voxel_size_nm, self.origin_nm)
 
 
+class Quantiles(Record, frozen=True, kw_only=True):
+    """How values are distributed: a tenth lies below p10, half below p50, a tenth above p90."""
+
+    p10: float
+    p50: float
+    p90: float
+
+
+class ClassShape(Record, frozen=True, kw_only=True):
+    """How thick and how large one class is, from seeded boxes of a few crops; None where nothing could be measured.
+
+    `in_plane`: thickness was taken within sections, which lie too far apart for a distance across them.
+    `thickness_cut_share`: of the ridge, the share that says nothing because its ball leaves what is annotated.
+    Instances that the border of a box cuts are counted apart and have no size.
+    """
+
+    name: str
+    thickness_nm: Quantiles | None
+    in_plane: bool
+    thickness_cut_share: float
+    num_instances: int
+    num_instances_cut: int
+    instance_nm3: Quantiles | None
+    sampled_crops: int
+    sampled_voxels: int
+
+
 class LeftOut(Record, frozen=True, kw_only=True):
     """A crop that could not be used, and why."""
 
@@ -91,6 +118,7 @@ class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
     classes: tuple[ClassEntry, ...]
     disjoint: tuple[tuple[str, ...], ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    shapes: tuple[ClassShape, ...] = ()
 
 
 class Gpu(Record, frozen=True, kw_only=True):
