@@ -22,6 +22,16 @@ VoxelsZYX = tuple[int, int, int]
 NmZYX = tuple[float, float, float]
 
 
+def coarser_voxel_size(voxel_size_nm: NmZYX, shape_zyx: VoxelsZYX) -> NmZYX:
+    """Return the voxel size of the next level of a pyramid: axes that are not yet coarser than the finest double.
+
+    An axis of one voxel cannot be halved, so it must not hold back the others either.
+    """
+    finest = min(v for v, n in zip(voxel_size_nm, shape_zyx, strict=True) if n > 1)
+    z, y, x = (2 * v if v < 1.5 * finest and n > 1 else v for v, n in zip(voxel_size_nm, shape_zyx, strict=True))
+    return z, y, x
+
+
 class Box(NamedTuple):
     """A half-open box of voxels, `start` inside and `stop` outside."""
 

@@ -22,6 +22,7 @@ from autoseg.plan.draft import DERIVED, leaf_fields
 from autoseg.schema import (
     ClassCount,
     ClassEntry,
+    ClassShape,
     CropFacts,
     Fingerprint,
     Gpu,
@@ -29,6 +30,7 @@ from autoseg.schema import (
     Intensity,
     Network,
     Plan,
+    Quantiles,
     Region,
     VolumeFacts,
     encode,
@@ -229,6 +231,29 @@ def test_every_decision_of_a_plan_has_exactly_one_reason(found: Fingerprint, har
 
 
 @cheap
+def test_a_cpu_takes_coarser_voxels_while_the_thinnest_class_still_spans_three() -> None:
+    plan = lambda found, *cards: make_plan("a", found, machine(*cards), {})  # noqa: E731
+    enough = plan(thick(facts(), mito=200.0, pm=27.6))
+    assert enough.voxel_size_nm == (50.0, 9.2, 9.2)
+    assert "pm of 28 nm" in reason(enough, "voxel_size_nm")
+    assert "3.0 voxels" in reason(enough, "voxel_size_nm")
+    assert "20x256x256" in reason(enough, "patch_size_zyx")
+    for found in (
+        thick(facts(), mito=200.0, pm=27.5),
+        thick(facts(), mito=200.0),  # nothing is known of pm
+        thick(facts(), mito=None, pm=None),
+        facts(),
+    ):
+        assert plan(found).voxel_size_nm == (50.0, 4.6, 4.6)
+    assert plan(thick(facts(), mito=None, pm=40.0)).voxel_size_nm == (50.0, 9.2, 9.2), "mito is thicker than crops"
+    assert plan(thick(facts(), mito=200.0, pm=27.6), gpu()).voxel_size_nm == (50.0, 4.6, 4.6)
+    cubic = thick(facts((96, 96, 96), (8.0, 8.0, 8.0)), mito=200.0, pm=48.0)
+    assert plan(cubic).voxel_size_nm == (16.0, 16.0, 16.0)
+    one = thick(facts((1, 512, 512), (10.0, 10.0, 10.0)), mito=200.0, pm=60.0)
+    assert plan(one).voxel_size_nm == (10.0, 20.0, 20.0), "one section has no neighbour to be averaged with"
+
+
+@cheap
 def test_reasons_quote_the_numbers_they_were_given() -> None:
     plan = make_plan("a", facts(), machine(gpu("Quadro X", 48), threads=12, ram_gib=64), {})
     assert "Quadro X" in reason(plan, "device")
@@ -240,6 +265,25 @@ def test_reasons_quote_the_numbers_they_were_given() -> None:
     assert "10.9" in reason(plan, "dimensions"), "anisotropy 50 / 4.6"
     assert "123 ± 46" in reason(plan, "normalization.kind")
     assert "10.00%" in reason(plan, "sampling.class_centred_fraction")
+
+
+def thick(found: Fingerprint, **thickness_nm: float | None) -> Fingerprint:
+    """Return the fingerprint with a measured thickness of its classes."""
+    shapes = tuple(
+        ClassShape(
+            name=name,
+            thickness_nm=None if nm is None else Quantiles(p10=nm / 2, p50=nm, p90=2 * nm),
+            in_plane=True,
+            thickness_cut_share=0.0 if nm else 1.0,
+            num_instances=3,
+            num_instances_cut=1,
+            instance_nm3=None,
+            sampled_crops=1,
+            sampled_voxels=1000,
+        )
+        for name, nm in thickness_nm.items()
+    )
+    return msgspec.structs.replace(found, shapes=shapes)
 
 
 # ---- rules --------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def pool_shape(name: str, samples: Sequence[ShapeSample], *, in_plane: bool) -> 
     ridge = sum(sample.num_ridge for sample in samples)
     return ClassShape(
         name=name,
-        thickness_nm=_quantiles([sample.thickness_nm for sample in samples]),
+        thickness_nm=_quantiles([sample.thickness_nm for sample in samples], by_value=True),
         in_plane=in_plane,
         thickness_cut_share=sum(sample.num_ridge_cut for sample in samples) / ridge if ridge else 0.0,
         num_instances=sum(sample.num_instances for sample in samples),
@@ -243,12 +243,14 @@ def pool_shape(name: str, samples: Sequence[ShapeSample], *, in_plane: bool) -> 
     )
 
 
-def _quantiles(values: Sequence[Sequence[float]]) -> Quantiles | None:
+def _quantiles(values: Sequence[Sequence[float]], *, by_value: bool = False) -> Quantiles | None:
+    """Return the quantiles of all parts, each weighing alike; `by_value` weighs a ridge by the tissue around it."""
     filled = [np.asarray(part, dtype=np.float64) for part in values if len(part)]
     if not filled:
         return None
     pooled = np.concatenate(filled)
-    weights = np.concatenate([np.full(len(part), 1 / len(part)) for part in filled])
+    heavy = [part if by_value else np.ones(len(part)) for part in filled]
+    weights = np.concatenate([part / part.sum() for part in heavy])
     order = np.argsort(pooled, kind="stable")
     share = np.cumsum(weights[order]) - weights[order] / 2
     p10, p50, p90 = np.interp(np.array([0.1, 0.5, 0.9]) * len(filled), share, pooled[order])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from autoseg.data.store.engine import create_array
 from autoseg.data.store.reading import ArrayReader, ChunkCache
-from autoseg.geometry import Box, Grid, VoxelsZYX, blocks
+from autoseg.geometry import Box, Grid, VoxelsZYX, blocks, coarser_voxel_size
 
 CHUNK_EDGE = 64
 CACHE_BYTES = 2**26
@@ -34,12 +34,9 @@ def pyramid_grids(grid: Grid, smallest_edge: int = 64) -> list[Grid]:
     grids = [grid]
     while max(grids[-1].shape_zyx) >= 2 * smallest_edge and len(grids) < 8:
         fine = grids[-1]
-        # an axis of one voxel cannot be halved, so it must not hold back the others either
-        finest = min(v for v, n in zip(fine.voxel_size_nm, fine.shape_zyx, strict=True) if n > 1)
-        fz, fy, fx = (
-            2 if v < 1.5 * finest and n > 1 else 1 for v, n in zip(fine.voxel_size_nm, fine.shape_zyx, strict=True)
-        )
         (nz, ny, nx), (vz, vy, vx), (oz, oy, ox) = fine
+        coarse = coarser_voxel_size(fine.voxel_size_nm, fine.shape_zyx)
+        fz, fy, fx = (round(c / v) for c, v in zip(coarse, fine.voxel_size_nm, strict=True))
         origin = (oz + vz * (fz - 1) / 2, oy + vy * (fy - 1) / 2, ox + vx * (fx - 1) / 2)
         grids.append(Grid((nz // fz, ny // fy, nx // fx), (vz * fz, vy * fy, vx * fx), origin))
     return grids
