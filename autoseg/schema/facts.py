@@ -88,7 +88,7 @@ class ClassShape(Record, frozen=True, kw_only=True):
     """How thick and how large one class is, from seeded boxes of a few crops; None where nothing could be measured.
 
     `in_plane`: thickness was taken within sections, which lie too far apart for a distance across them.
-    `thickness_cut_share`: of the ridge, the share that says nothing because its ball leaves what is annotated.
+    `thickness_cut_share`: of the class, the share that has no thickness because its widest ball leaves what is known.
     Instances that the border of a box cuts are counted apart and have no size.
     """
 
