@@ -1,7 +1,8 @@
 """How thick and how large a class is, measured in seeded boxes of the label codes where the class lies.
 
-Thickness is twice the distance from the ridge of the mask to the background; a ball that reaches beyond what was
-read says nothing, so a box is widened (at a coarser step) until most balls fit, or the crop ends::
+Thickness is twice the distance from the ridge of the mask to the background, at each voxel that of the widest ball
+that holds it (bumps of the surface have small balls of their own, inside larger ones). A ball that reaches beyond what
+was read says nothing, so a box is widened, at a coarser step, until most balls fit or the crop ends::
 
     ....#######....     distance  1 2 3 4 3 2 1      ridge: the 4; seven voxels thick
     where sections lie far apart, in the plane of the section: a 37 nm membrane has no thickness along 50 nm steps
@@ -37,14 +38,15 @@ INSTANCE_VOXELS = 2**23  # a crop of 200³ whole
 STEPS = (1, 2, 4)
 SECTIONS_APART = 3.0
 KEPT_VALUES = 1024
+MIN_DRAWN, MAX_DRAWN, PAIRS = 256, 1024, 2**25
 
 
 class ShapeSample(NamedTuple):
     """What one crop says of one class; the values are sorted and thinned to a bounded number."""
 
     thickness_nm: tuple[float, ...]
-    num_ridge: int
-    num_ridge_cut: int
+    num_drawn: int
+    num_drawn_cut: int
     instance_nm3: tuple[float, ...]
     num_instances: int
     num_instances_cut: int
@@ -60,9 +62,10 @@ def sections_apart(voxel_size_nm: NmZYX) -> tuple[bool, bool, bool]:
 def thickness(
     mask_ZYX: NDArray[np.bool_], voxel_size_nm: NmZYX, unknown_ZYX: NDArray[np.bool_] | None = None
 ) -> tuple[NDArray[np.float64], int]:
-    """Return (thickness in nm at the ridge voxels, number of ridge voxels whose ball leaves what is known).
+    """Return (local thickness in nm at evenly drawn voxels of the mask, number of drawn voxels that have none).
 
-    Twice the distance to the nearest background centre; the voxels themselves where that lies straight along an axis.
+    A voxel has none where the widest ball around it leaves what is known.
+    Source: Hildebrand and Rüegsegger 1997, J Microsc 185:67, the widest ball inside the body that holds the voxel.
     """
     apart = sections_apart(voxel_size_nm)
     axes = [axis for axis in range(3) if not apart[axis] and mask_ZYX.shape[axis] > 1]
@@ -71,20 +74,44 @@ def thickness(
     far = 1e3 * sum(n * v for n, v in zip(mask_ZYX.shape, voxel_size_nm, strict=True))
     sampling = [voxel_size_nm[axis] if axis in axes else far for axis in range(3)]
     part = _bounding(mask_ZYX)
-    mask = mask_ZYX[part.slices]
-    hidden = np.zeros(mask.shape, dtype=bool) if unknown_ZYX is None else unknown_ZYX[part.slices]
-    if (mask | hidden).all():
+    hidden = np.zeros(part.shape_zyx, dtype=bool) if unknown_ZYX is None else unknown_ZYX[part.slices]
+    body = mask_ZYX[part.slices] | hidden
+    if body.all():
         return np.zeros(0), 1
-    distance = ndimage.distance_transform_edt(mask | hidden, sampling=sampling).astype(np.float32)
+    distance = ndimage.distance_transform_edt(body, sampling=sampling).astype(np.float32)
     highest = ndimage.maximum_filter(distance, size=[3 if axis in axes else 1 for axis in range(3)])
-    ridge = np.argwhere(mask & (distance >= highest))
-    found = distance[tuple(ridge.T)].astype(np.float64)
-    fits = found < _to_border(ridge + part.start, mask_ZYX.shape, voxel_size_nm, axes) * (1 - 1e-6)
+    ridge = np.argwhere(body & (distance >= highest))
+    radius = distance[tuple(ridge.T)].astype(np.float64)
+    fits = radius < _to_border(ridge + part.start, mask_ZYX.shape, voxel_size_nm, axes) * (1 - 1e-6)
     if hidden.any():
         to_unknown = ndimage.distance_transform_edt(~hidden, sampling=sampling)
-        fits &= found < to_unknown[tuple(ridge.T)] * (1 - 1e-6)
-    ridge, found = ridge[fits], found[fits]
-    return _across(distance, ridge, found, voxel_size_nm, axes), int((~fits).sum())
+        fits &= radius < to_unknown[tuple(ridge.T)] * (1 - 1e-6)
+    width = np.where(fits, _across(distance, ridge, radius, voxel_size_nm, axes), np.inf)
+    drawn = np.flatnonzero(mask_ZYX[part.slices])
+    count = min(len(drawn), max(MIN_DRAWN, min(MAX_DRAWN, PAIRS // len(ridge))))
+    drawn = drawn[((np.arange(count) + 0.5) * len(drawn) / count).astype(np.intp)]
+    voxels = np.stack(np.unravel_index(drawn, part.shape_zyx), axis=1)
+    values = _widest(voxels * sampling, ridge * sampling, radius, width)
+    return values[np.isfinite(values)], int(np.isinf(values).sum())
+
+
+def _widest(
+    points_NA: NDArray[np.float64],
+    centres_RA: NDArray[np.float64],
+    radius_R: NDArray[np.float64],
+    width_R: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Return for each point the width of the largest ball that holds it; nan where none does."""
+    order = np.argsort(-radius_R, kind="stable")
+    centres, square, width = centres_RA[order].astype(np.float32), radius_R[order] ** 2, width_R[order]
+    out = np.full(len(points_NA), np.nan)
+    for i, point in enumerate(points_NA.astype(np.float32)):
+        away = centres - point
+        inside = np.einsum("ra,ra->r", away, away) < square
+        first = int(inside.argmax())
+        if inside[first]:
+            out[i] = width[first]
+    return out
 
 
 def _bounding(mask_ZYX: NDArray[np.bool_]) -> Box:
@@ -229,12 +256,12 @@ def _box_around(centre: VoxelsZYX, shape_zyx: VoxelsZYX, voxel_size_nm: NmZYX, n
 
 def pool_shape(name: str, samples: Sequence[ShapeSample], *, in_plane: bool) -> ClassShape:
     """Return the shape of a class from its crops; each crop weighs alike in the quantiles."""
-    ridge = sum(sample.num_ridge for sample in samples)
+    drawn = sum(sample.num_drawn for sample in samples)
     return ClassShape(
         name=name,
-        thickness_nm=_quantiles([sample.thickness_nm for sample in samples], by_value=True),
+        thickness_nm=_quantiles([sample.thickness_nm for sample in samples]),
         in_plane=in_plane,
-        thickness_cut_share=sum(sample.num_ridge_cut for sample in samples) / ridge if ridge else 0.0,
+        thickness_cut_share=sum(sample.num_drawn_cut for sample in samples) / drawn if drawn else 0.0,
         num_instances=sum(sample.num_instances for sample in samples),
         num_instances_cut=sum(sample.num_instances_cut for sample in samples),
         instance_nm3=_quantiles([sample.instance_nm3 for sample in samples]),
@@ -243,14 +270,12 @@ def pool_shape(name: str, samples: Sequence[ShapeSample], *, in_plane: bool) -> 
     )
 
 
-def _quantiles(values: Sequence[Sequence[float]], *, by_value: bool = False) -> Quantiles | None:
-    """Return the quantiles of all parts, each weighing alike; `by_value` weighs a ridge by the tissue around it."""
+def _quantiles(values: Sequence[Sequence[float]]) -> Quantiles | None:
     filled = [np.asarray(part, dtype=np.float64) for part in values if len(part)]
     if not filled:
         return None
     pooled = np.concatenate(filled)
-    heavy = [part if by_value else np.ones(len(part)) for part in filled]
-    weights = np.concatenate([part / part.sum() for part in heavy])
+    weights = np.concatenate([np.full(len(part), 1 / len(part)) for part in filled])
     order = np.argsort(pooled, kind="stable")
     share = np.cumsum(weights[order]) - weights[order] / 2
     p10, p50, p90 = np.interp(np.array([0.1, 0.5, 0.9]) * len(filled), share, pooled[order])

@@ -87,9 +87,8 @@ class Quantiles(Record, frozen=True, kw_only=True):
 class ClassShape(Record, frozen=True, kw_only=True):
     """How thick and how large one class is, from seeded boxes of a few crops; None where nothing could be measured.
 
-    Thickness is by tissue: half of the class is thicker than p50. `in_plane`: it was taken within sections that lie
-    too far apart for a distance across them.
-    `thickness_cut_share`: of the ridge, the share that says nothing because its ball leaves what is annotated.
+    `in_plane`: thickness was taken within sections, which lie too far apart for a distance across them.
+    `thickness_cut_share`: of the class, the share that has no thickness because its widest ball leaves what is known.
     Instances that the border of a box cuts are counted apart and have no size.
     """
 
