@@ -240,6 +240,7 @@ def valid_plan(**changes: Any) -> schema.Plan:
         classes=classes,
         disjoint=(),
         split=schema.Split(train=(schema.Region(crop="demo/crop1"),), validate=(), rule="user"),
+        em_voxel_size_nm=(40.0, 8.0, 8.0),
         voxel_size_nm=(40.0, 8.0, 8.0),
         patch_size_zyx=(1, 32, 32),
         input_slices=1,

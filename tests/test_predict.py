@@ -234,7 +234,7 @@ def test_a_file_goes_in_and_a_file_of_the_same_shape_comes_out(
         spec += ":raw"
     one = file_region(trained.plan, spec, tmp_path / "scratch")
     assert one.grid.shape_zyx == em.shape
-    assert one.grid.voxel_size_nm == trained.plan.voxel_size_nm, "a file that declares none has the plan's"
+    assert one.grid.voxel_size_nm == trained.plan.em_voxel_size_nm, "a file that declares none has the plan's"
     predict_regions(trained, [one], tmp_path / "z", probabilities=True)
     out = tmp_path / f"labels{ending}"
     export_labels(tmp_path / "z", one.grid, trained.plan, out, probabilities=True)
@@ -251,6 +251,22 @@ def test_a_file_goes_in_and_a_file_of_the_same_shape_comes_out(
     assert np.array_equal(found, expected)
     assert len(np.unique(found)) > 1
     assert np.array_equal(graded, labels(tmp_path / "z", "probabilities")[0])
+
+
+def test_a_network_of_coarser_voxels_takes_a_plain_file_at_the_size_of_its_em(place: Path, tmp_path: Path) -> None:
+    changes = {"optimizer.num_steps": 2, "validation.num_rounds": 1, "voxel_size_nm": (40.0, 16.0, 16.0)}
+    changes |= {"patch_size_zyx": (1, 32, 32), "sliding_window.tile_zyx": (1, 32, 32)}
+    plan = tiny_plan(place / "data", place / "cache", changes)
+    train_on(plan, place / "data", tmp_path / "run", cache=place / "cache")
+    em = np.random.default_rng(0).integers(1, 255, (3, 50, 71), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "em.tif", em, photometric="minisblack")
+    trained = open_run(tmp_path / "run", "last", "cpu")
+    one = file_region(trained.plan, str(tmp_path / "em.tif"), tmp_path / "scratch")
+    assert one.grid.voxel_size_nm == (40.0, 8.0, 8.0)
+    predict_regions(trained, [one], tmp_path / "z", probabilities=True)
+    fine = labels(tmp_path / "z", "probabilities").astype(int)
+    assert fine.shape[1:] == em.shape
+    assert (np.diff(fine, axis=2) != 0).any(axis=2).mean() > 0.5, "interpolated, not repeated"
 
 
 def test_em_without_crops_is_predicted_whole(place: Path, trained: Trained, tmp_path: Path) -> None:

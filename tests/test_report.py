@@ -140,6 +140,7 @@ def make_plan(names: tuple[str, ...], **changes: Any) -> Plan:
         classes=tuple(ClassEntry(name=name) for name in names),
         disjoint=(),
         split=Split(train=(Region(crop="d/crop1"),), validate=(), rule="crops"),
+        em_voxel_size_nm=(40.0, 8.0, 8.0),
         voxel_size_nm=(40.0, 8.0, 8.0),
         patch_size_zyx=(1, 64, 64),
         input_slices=1,

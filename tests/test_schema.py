@@ -320,6 +320,7 @@ CONTRADICTIONS: list[tuple[str, Callable[[], dict[str, Any]]]] = [
     ),
     ("voxel_size_nm", field(voxel_size_nm=(40.0, 0.0, 8.0))),
     ("voxel_size_nm", field(voxel_size_nm=(-40.0, 8.0, 8.0))),
+    ("em_voxel_size_nm", field(em_voxel_size_nm=(40.0, 8.0, 0.0))),
     ("precision", field(precision="fp16")),
     ("class_weights", field(class_weights={"mito": 1.0})),
     ("class_weights", field(class_weights={"mito": 1.0, "pm": 1.0, "er": 1.0})),

@@ -35,6 +35,7 @@ _AUGMENTATION_FIELDS = [name for name in Augmentation.__struct_fields__ if name 
 
 # The rules compute with these, so a value that is not positive must not reach them.
 _POSITIVE = (
+    "em_voxel_size_nm",
     "voxel_size_nm",
     "patch_size_zyx",
     "input_slices",
@@ -69,6 +70,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("precision", network.choose_precision),
     ("classes", data.choose_classes),
     ("split", _split),
+    ("em_voxel_size_nm", data.choose_em_voxel_size),
     ("voxel_size_nm", data.choose_voxel_size),
     ("dimensions", data.choose_dimensions),
     ("patch_size_zyx", data.choose_patch_size),

@@ -62,6 +62,17 @@ def choose_split(draft: Draft) -> Choice:
     return Choice(split, f"{because}; {len(split.train)} regions train, {len(split.validate)} validate", "split rule")
 
 
+def choose_em_voxel_size(draft: Draft) -> Choice:
+    """Return the voxel size of the EM of most annotated voxels; a file that declares none is taken to have it."""
+    volumes = {volume.name: volume.voxel_size_nm for volume in draft.fingerprint.volumes}
+    votes: Counter[NmZYX] = Counter()
+    for crop in _training_crops(draft):
+        votes[volumes[crop.volume]] += math.prod(crop.shape_zyx)
+    size, won = votes.most_common(1)[0]
+    because = f"{won / votes.total():.0%} of the annotated voxels lie in such EM; assumed where a file declares none"
+    return Choice(size, because, "fingerprint")
+
+
 def choose_voxel_size(draft: Draft) -> Choice:
     """Return the voxel size that most annotated voxels of the training crops have, never finer than their EM.
 

@@ -58,14 +58,14 @@ def volume_regions(plan: Plan, dataset: Dataset) -> list[Region]:
 def file_region(plan: Plan, spec: str, scratch: Path) -> Region:
     """Return the EM of a zarr group, or of a TIFF, HDF5, NIfTI, npy or PNG file brought into `scratch` first.
 
-    A file that declares no voxel size is taken to have the plan's.
+    A file that declares no voxel size is taken to have that of the EM the plan was made for.
     """
     path = Path(spec)
     if path.is_dir():
         group = path if _is_multiscale(path) else _find_multiscale(path)
         return Region("", group, store.open_multiscale(group).levels[0].grid)
     with open_volume(spec) as volume:
-        voxel_size = volume.voxel_size_nm or plan.voxel_size_nm
+        voxel_size = volume.voxel_size_nm or plan.em_voxel_size_nm
         group = scratch / _key(spec, voxel_size)
         if not (group / ".zattrs").exists():
             scratch.mkdir(parents=True, exist_ok=True)

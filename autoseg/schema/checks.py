@@ -63,8 +63,9 @@ def _input(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "input_slices", f"{slices} with patch_size_zyx {list(plan.patch_size_zyx)}", "2.5D patches have z = 1"
     if (plan.patch_size_zyx[0] == 1) != (plan.sliding_window.tile_zyx[0] == 1):
         yield "sliding_window.tile_zyx", f"{list(plan.sliding_window.tile_zyx)}", "z is 1 exactly when the patch's is"
-    if any(v <= 0 for v in plan.voxel_size_nm):
-        yield "voxel_size_nm", f"{list(plan.voxel_size_nm)}", "give three positive numbers (z, y, x)"
+    for field, size in (("voxel_size_nm", plan.voxel_size_nm), ("em_voxel_size_nm", plan.em_voxel_size_nm)):
+        if any(v <= 0 for v in size):
+            yield field, f"{list(size)}", "give three positive numbers (z, y, x)"
     if plan.precision == "fp16" and plan.device == "cpu":
         yield "precision", "fp16 on the CPU", "use bf16 or fp32"
     if not 0 <= plan.sliding_window.overlap < 1:

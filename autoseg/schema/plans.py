@@ -159,6 +159,7 @@ class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
     classes: tuple[ClassEntry, ...]
     disjoint: tuple[tuple[str, ...], ...]
     split: Split
+    em_voxel_size_nm: NmZYX
     voxel_size_nm: NmZYX
     patch_size_zyx: VoxelsZYX
     input_slices: int
