@@ -122,8 +122,10 @@ def facts(
 
 
 def tiny_plan(data: Path, cache: Path, changes: Mapping[str, Any] | None = None) -> Plan:
-    """Return a plan for DATA that trains in a second on one thread."""
-    return make_plan("tiny", fingerprint(data, cache), machine(threads=1), TINY | dict(changes or {}))
+    """Return a plan for DATA, at the voxel size of its labels, that trains in a second on one thread."""
+    found = fingerprint(data, cache)
+    native = {"voxel_size_nm": found.crops[0].voxel_size_nm}
+    return make_plan("tiny", found, machine(threads=1), TINY | native | dict(changes or {}))
 
 
 def tiny_facts_plan(changes: Mapping[str, Any] | None = None) -> Plan:

@@ -266,7 +266,7 @@ def test_a_network_of_coarser_voxels_takes_a_plain_file_at_the_size_of_its_em(pl
     predict_regions(trained, [one], tmp_path / "z", probabilities=True)
     fine = labels(tmp_path / "z", "probabilities").astype(int)
     assert fine.shape[1:] == em.shape
-    assert (np.diff(fine, axis=2) != 0).any(axis=2).mean() > 0.5, "interpolated, not repeated"
+    assert (fine[..., 0:70:2] != fine[..., 1:70:2]).any(), "interpolated, not repeated"
 
 
 def test_em_without_crops_is_predicted_whole(place: Path, trained: Trained, tmp_path: Path) -> None:
