@@ -133,6 +133,17 @@ class Grid(NamedTuple):
         return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
 
+def annotated_share(extent_nm: NmZYX, patch_zyx: VoxelsZYX, voxel_size_nm: NmZYX) -> float:
+    """Return which share of a patch lies in an annotated box of that extent, at best, from 0 to 1.
+
+    A patch that fits is placed inside; one that is wider than the box along an axis is centred on it.
+    """
+    share = 1.0
+    for extent, patch, size in zip(extent_nm, patch_zyx, voxel_size_nm, strict=True):
+        share *= min(1.0, max(1, round(extent / size)) / patch)
+    return share
+
+
 def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
     """Return starts of tiles that cover `length`, neighbours overlapping by at least that fraction.
 

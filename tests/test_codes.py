@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from strategies import crop_path, em_path, listing, shapes, write_label, write_multiscale
 
 from autoseg.data import codes as codes_module
+from autoseg.data import coding, store
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
 from autoseg.data.codes import CropCodes, default_cache, index_blocks, open_codes
 from autoseg.data.dataset import Crop, open_dataset
+from autoseg.data.resample import resample
 from autoseg.errors import DataError
-from autoseg.geometry import Grid, NmZYX, VoxelsZYX
+from autoseg.geometry import Grid, NmZYX, VoxelsZYX, blocks
 from autoseg.schema import ClassEntry, ClassTable, encode
 
 SIZE_NM = (4.0, 4.0, 4.0)
@@ -98,18 +100,75 @@ def test_codes_are_narrow_and_no_two_mean_the_same(tmp_path: Path) -> None:
     assert codes.histogram_C.min() > 0, "no code without a voxel"
 
 
-def test_many_combinations_take_two_bytes(tmp_path: Path) -> None:
-    """Ten independent classes give more than 256 combinations."""
-    shape, root = (4, 64, 64), tmp_path / "data"
+@pytest.mark.parametrize("num", [8, 9, 16, 17, 26])
+def test_many_classes_in_one_block(tmp_path: Path, num: int) -> None:
+    """Independent classes: more than 8 take two bytes of flags, more than 256 combinations two bytes a voxel."""
+    shape, root = (3, 40, 64), tmp_path / "data"
     grid = Grid(shape, SIZE_NM, (0.0, 0.0, 0.0))
     write_multiscale(em_path(root, "a"), [(grid, np.ones(shape, np.uint8))])
-    truth = np.random.default_rng(0).integers(0, 2, (10, *shape)).astype(np.uint8)
+    truth = np.random.default_rng(num).integers(0, 3, (num, *shape)).astype(np.uint8)
     for k, values in enumerate(truth):
-        write_label(crop_path(root, "a", "crop1"), f"c{k}", values, grid)
+        write_label(crop_path(root, "a", "crop1"), f"c{k:02}", values, grid, unknown=2)
     codes = open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache")
     assert codes.codes_ZYX.dtype == np.uint16
     found = decoded(codes)
+    assert all(np.array_equal(found[f"c{k:02}"], truth[k]) for k in range(num))
+    check_counts(codes)
+
+
+def test_two_bytes_where_the_first_blocks_took_one(tmp_path: Path) -> None:
+    """Nine classes that overlap at random in the last sections only."""
+    shape, root = (9, 32, 64), tmp_path / "data"
+    grid = Grid(shape, SIZE_NM, (0.0, 0.0, 0.0))
+    write_multiscale(em_path(root, "a"), [(grid, np.ones(shape, np.uint8))])
+    truth = np.random.default_rng(0).integers(0, 2, (10, *shape)).astype(np.uint8)
+    truth[1:, :6] = 0
+    for k, values in enumerate(truth):
+        write_label(crop_path(root, "a", "crop1"), f"c{k}", values, grid, chunk_zyx=(2, 32, 64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coding, "LEAST_BLOCK", (1, 1, 1))
+        codes = open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache")
+    assert codes.codes_ZYX.dtype == np.uint16
+    found = decoded(codes)
     assert all(np.array_equal(found[f"c{k}"], truth[k]) for k in range(10))
+    assert sorted(os.listdir(codes.folder)) == ["codes.npy", "counts.npy", "table.json"]
+
+
+def test_too_many_combinations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, _ = write_crop(tmp_path / "data", (5, 20, 70))
+    monkeypatch.setattr(coding, "MAX_CODES", 17)
+    with pytest.raises(DataError, match="a/crop1: more than 17 combinations of labels"):
+        open_codes(crop, SIZE_NM, tmp_path / "cache")
+
+
+@given(shape=st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 200)))
+def test_index_blocks_are_computed_from_their_place(shape: VoxelsZYX) -> None:
+    parts = index_blocks(shape)
+    expected = list(blocks(shape, coding.INDEX_BLOCK))
+    assert list(parts) == expected
+    assert len(parts) == len(expected)
+    assert parts[-1] == expected[-1]
+    assert parts[1:3] == expected[1:3]
+    with pytest.raises(IndexError):
+        parts[len(expected)]
+
+
+@pytest.mark.parametrize("chunk", [(8, 16, 16), (9, 13, 31), (1, 70, 90)])
+def test_each_chunk_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: VoxelsZYX) -> None:
+    crop, _ = write_crop(tmp_path / "data", (17, 70, 90), chunk=chunk)
+    loaded: list[tuple[str, VoxelsZYX]] = []
+    get = store.ChunkCache.get
+
+    def counted(cache: store.ChunkCache, key: tuple[str, VoxelsZYX], load: Any) -> Any:
+        if key not in cache._chunks:
+            loaded.append(key)
+        return get(cache, key, load)
+
+    monkeypatch.setattr(store.ChunkCache, "get", counted)
+    open_codes(crop, SIZE_NM, tmp_path / "cache")
+    assert len(loaded) == len(set(loaded))
+    names = {Path(path).parent.name for path, _ in loaded}
+    assert {"ids", "mito", "part"} <= names
 
 
 def test_a_chunk_that_was_never_stored_is_absent(tmp_path: Path) -> None:
@@ -123,10 +182,11 @@ def test_a_chunk_that_was_never_stored_is_absent(tmp_path: Path) -> None:
 
 
 def test_built_in_blocks_equals_built_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    crop, _ = write_crop(tmp_path / "data", (17, 70, 90))
+    crop, _ = write_crop(tmp_path / "data", (17, 70, 90), chunk=(9, 13, 31))
     for size in (SIZE_NM, (8.0, 6.0, 4.0)):
         whole = open_codes(crop, size, tmp_path / "whole")
-        monkeypatch.setattr(codes_module, "BUILD_BLOCK", codes_module.INDEX_BLOCK)
+        monkeypatch.setattr(coding, "LEAST_BLOCK", (4, 4, 4))
+        monkeypatch.setattr(coding, "COARSE_BLOCK", (10, 20, 30))
         in_blocks = open_codes(crop, size, tmp_path / "blocks")
         monkeypatch.undo()
         first, second = decoded(whole), decoded(in_blocks)
@@ -149,6 +209,49 @@ def coarse_by_loops(states: NDArray[np.uint8], factor: VoxelsZYX) -> NDArray[np.
         else:
             out[index] = PRESENT if 2 * (known == PRESENT).sum() >= len(known) and len(known) else ABSENT
     return out
+
+
+def test_label_arrays_are_read_once_for_all_voxel_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, _ = write_crop(tmp_path / "data", (8, 16, 16))
+    expected = decoded(open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "one"))
+
+    def unreadable(*_: Any) -> None:
+        raise AssertionError("read again")
+
+    open_codes(crop, SIZE_NM, tmp_path / "two")
+    monkeypatch.setattr(codes_module, "encode_labels", unreadable)
+    found = decoded(open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "two"))
+    for name, states in expected.items():
+        np.testing.assert_array_equal(found[name], states)
+
+
+def by_shares(states: NDArray[np.uint8], source: Grid, target: Grid) -> NDArray[np.uint8]:
+    """Return the same rule for one class over the whole crop, at any ratio of voxel sizes."""
+    present, unknown = (
+        resample((states == state).astype(np.float32), source, target, area=True) for state in (PRESENT, UNKNOWN)
+    )
+    filled = np.where(present >= 0.5 * (1 - unknown) - 1e-5, PRESENT, ABSENT)
+    return np.where(unknown <= 0.5 + 1e-5, filled, UNKNOWN).astype(np.uint8)
+
+
+@settings(max_examples=25)
+@given(
+    shape=shapes(14),
+    size=st.tuples(*[st.sampled_from([1.74, 2.0, 3.3, 4.0, 6.0, 8.0, 12.0, 32.0])] * 3),
+    block=st.integers(3, 20),
+)
+def test_any_other_voxel_size_follows_the_same_rule(
+    tmp_path_factory: pytest.TempPathFactory, shape: VoxelsZYX, size: NmZYX, block: int
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("other")
+    crop, truth = write_crop(tmp_path / "data", shape, block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coding, "COARSE_BLOCK", (block, block, block))
+        codes = open_codes(crop, size, tmp_path / "cache")
+    found = decoded(codes)
+    for name, states in truth.items():
+        np.testing.assert_array_equal(found[name], by_shares(states, crop.grid, codes.grid), err_msg=name)
+    check_counts(codes)
 
 
 @settings(max_examples=25)
@@ -272,29 +375,38 @@ def test_a_build_that_fails_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.
 
 def _open_at_the_same_time(root: str, cache: str, barrier: Any, results: Any) -> None:
     (crop,) = open_dataset(Path(root)).crops
-    barrier.wait(30)
-    codes = open_codes(crop, SIZE_NM, Path(cache))
-    results.put((codes.names, int(codes.codes_ZYX.sum()), codes.histogram_C.tolist()))
+    build, built = codes_module._build, []
+
+    def counted(*arguments: Any) -> None:
+        built.append(1)
+        build(*arguments)
+
+    codes_module._build = counted
+    barrier.wait(60)
+    codes = open_codes(crop, (8.0, 8.0, 8.0), Path(cache))
+    results.put((len(built), codes.names, int(codes.codes_ZYX.sum()), codes.histogram_C.tolist()))
 
 
-def test_two_processes_that_build_at_once_end_with_one_good_entry(tmp_path: Path) -> None:
+def test_processes_that_want_the_same_entry_build_it_once(tmp_path: Path) -> None:
+    """Three at once, at a voxel size that needs two entries: its own and the one it is made from."""
     write_crop(tmp_path / "data", (33, 64, 64))
     spawn = multiprocessing.get_context("spawn")
-    barrier, results = spawn.Barrier(2), spawn.Queue()
+    barrier, results = spawn.Barrier(3), spawn.Queue()
     arguments = (str(tmp_path / "data"), str(tmp_path / "cache"), barrier, results)
-    processes = [spawn.Process(target=_open_at_the_same_time, args=arguments) for _ in range(2)]
+    processes = [spawn.Process(target=_open_at_the_same_time, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
-    first, second = results.get(timeout=60), results.get(timeout=60)
+    found = [results.get(timeout=120) for _ in processes]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert first == second
-    assert len(entries(tmp_path / "cache")) == 1, "no temporary folder is left"
+    assert sum(built for built, *_ in found) == 2
+    assert found[0][1:] == found[1][1:] == found[2][1:]
+    assert len(entries(tmp_path / "cache")) == 2, "no temporary folder and no lock is left"
     check_counts(open_codes(open_dataset(tmp_path / "data").crops[0], SIZE_NM, tmp_path / "cache"))
 
 
-def test_the_one_that_comes_second_takes_the_entry_of_the_first(
+def test_where_files_cannot_be_locked_the_second_takes_the_entry_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same race, made certain: another process finishes while this one builds."""
@@ -307,12 +419,62 @@ def test_the_one_that_comes_second_takes_the_entry_of_the_first(
         return build(*arguments)
 
     monkeypatch.setattr(codes_module, "_build", overtaken)
+    monkeypatch.setattr(codes_module, "_locked", lambda path: None)
     assert np.array_equal(decoded(open_codes(crop, SIZE_NM, cache))["mito"], truth["mito"])
     assert len(entries(cache)) == 1
 
 
+def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
+    crop, _ = write_crop(tmp_path / "data", (4, 8, 8))
+    open_codes(crop, SIZE_NM, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache/codes").iterdir()
+    left = entry.rename(entry.with_name(f".building-{entry.name}-killed"))
+    (left / "table.json").unlink()
+    (entry.with_name(f".lock-{entry.name}")).touch()
+    open_codes(crop, SIZE_NM, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == [entry.name]
+
+
+def test_a_cache_may_be_removed_while_it_is_in_use(tmp_path: Path) -> None:
+    crop, truth = write_crop(tmp_path / "data", (5, 20, 70))
+    codes = open_codes(crop, SIZE_NM, tmp_path / "cache")
+    counts = np.array(codes.counts_BC)
+    shutil.rmtree(tmp_path / "cache")
+    assert np.array_equal(decoded(codes)["mito"], truth["mito"])
+    shutil.rmtree(tmp_path / "cache")
+    assert np.array_equal(codes.counts_BC, counts)
+    shutil.rmtree(tmp_path / "cache")
+    os.utime(crop.labels[1].path / "0/0/0", (1, 1))
+    with pytest.raises(DataError, match="a/crop1: its labels changed while they were in use"):
+        decoded(codes)
+
+
+def test_an_open_crop_holds_no_file(tmp_path: Path) -> None:
+    crop, _ = write_crop(tmp_path / "data", (5, 20, 70))
+    open_codes(crop, SIZE_NM, tmp_path / "cache")
+    before = len(os.listdir("/proc/self/fd"))
+    held = [open_codes(crop, SIZE_NM, tmp_path / "cache") for _ in range(20)]
+    assert sum(int(codes.codes_ZYX[0, 0, 0]) for codes in held) >= 0
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crop, _ = write_crop(tmp_path / "data", (4, 8, 8))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(DataError, match=r"GiB are free: make room, or choose another --cache"):
+        open_codes(crop, SIZE_NM, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
 
 
 def other_table(path: Path, **changes: Any) -> None:
@@ -329,6 +491,10 @@ DAMAGE = {
     "counts empty": lambda entry: (entry / "counts.npy").write_bytes(b""),
     "counts of another shape": lambda entry: np.save(entry / "counts.npy", np.zeros((1, 1), np.uint32)),
     "table truncated": lambda entry: truncate(entry / "table.json"),
+    "counted voxels too few": lambda entry: other_table(entry / "table.json", voxels=[1] * 18),
+    "codes longer than they say": lambda entry: (entry / "codes.npy").write_bytes(
+        (entry / "codes.npy").read_bytes() + b"more"
+    ),
     "table a list": lambda entry: (entry / "table.json").write_text("[1]"),
     "table gone": lambda entry: (entry / "table.json").unlink(),
     "table without states": lambda entry: (entry / "table.json").write_text('{"names": []}'),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import grids, shapes, voxel_sizes
 
-from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX, blocks, tile_starts, tiles
+from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX, annotated_share, blocks, tile_starts, tiles
 
 CORNERS = st.tuples(st.integers(-6, 6), st.integers(-6, 6), st.integers(-6, 6))
 
@@ -189,3 +189,19 @@ def test_a_box_covers_itself_at_any_voxel_size(grid: Grid, size: NmZYX) -> None:
     assert grid.covering(grid) == Box.whole(grid.shape_zyx)
     other = grid.at_voxel_size(size)
     assert other.covering(other) == Box.whole(other.shape_zyx)
+
+
+@given(grids(largest=9), st.tuples(*[st.integers(1, 7)] * 3), voxel_sizes())
+def test_the_annotated_share_is_that_of_the_best_place_for_a_patch(grid: Grid, patch: VoxelsZYX, size: NmZYX) -> None:
+    """Slide the patch along each axis of the crop at that voxel size, over its ends too."""
+    best = 1.0
+    for n, p in zip(grid.at_voxel_size(size).shape_zyx, patch, strict=True):
+        best *= max(len(set(range(n)) & set(range(a, a + p))) for a in range(-p, n + 1)) / p
+    share = annotated_share(grid.extent_nm, patch, size)
+    assert share == pytest.approx(best)
+    assert (share == 1) == all(n >= p for n, p in zip(grid.at_voxel_size(size).shape_zyx, patch, strict=True))
+
+
+def test_a_patch_of_many_sections_is_mostly_unknown_in_a_crop_of_few() -> None:
+    assert annotated_share((5 * 50.0, 2000.0, 2000.0), (20, 128, 128), (50.0, 4.6, 4.6)) == pytest.approx(0.25)
+    assert annotated_share((5 * 50.0, 2000.0, 2000.0), (1, 435, 870), (50.0, 4.6, 4.6)) == pytest.approx(0.5)

@@ -8,51 +8,84 @@ class k. A patch reads one array instead of K, augmentation moves one, and every
                                                             1:  present   absent
                                                             2:  absent    present
 
-Code volumes are built block by block into a sidecar cache that is keyed by the content of the annotation and by
-the voxel size, not by the class table; deleting the cache is always safe.
+Code volumes lie in a sidecar cache that is keyed by the content of the annotation and by the voxel size, not by the
+class table; deleting the cache, or one entry, is always safe. The label arrays are read for the codes at their own
+voxel size, and those are read for every other. An open crop holds no memory map and no file: each look at its codes
+maps them anew, so that a worker can hold a thousand.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, States
-from autoseg.data.dataset import Crop, LabelArray
-from autoseg.data.resample import resample
-from autoseg.data.store import ArrayReader, ChunkCache
+from autoseg.data.classes import States
+from autoseg.data.coding import INDEX_BLOCK, CodeWriter, Fine, encode_codes, encode_labels
+from autoseg.data.dataset import Crop
 from autoseg.errors import DataError
-from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX, blocks
+from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
+from autoseg.schema import write_atomically
 
-CODES_VERSION = 1
-BUILD_BLOCK: VoxelsZYX = (32, 256, 256)
-INDEX_BLOCK: VoxelsZYX = (8, 64, 64)
-MAX_CODES = 2**16
+CODES_VERSION = 2
+ATTEMPTS = 3
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError)
+
+
+class _Stored(NamedTuple):
+    """An array in a file: mapped when looked at."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    def map(self) -> NDArray[Any]:
+        return np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
 
 class CropCodes(NamedTuple):
-    """The annotation of one crop at one voxel size; `counts_BC` counts each code in each index block."""
+    """The annotation of one crop at one voxel size, and the voxels of each code."""
 
     grid: Grid
-    codes_ZYX: NDArray[Any]
     names: tuple[str, ...]
     states_CK: States
-    counts_BC: NDArray[np.uint32]
+    histogram_C: NDArray[np.int64]
+    crop: Crop
     folder: Path
+    stored_codes: _Stored
+    stored_counts: _Stored
 
     @property
-    def histogram_C(self) -> NDArray[np.int64]:
-        """Return the number of voxels of each code."""
-        histogram: NDArray[np.int64] = self.counts_BC.sum(axis=0, dtype=np.int64)
-        return histogram
+    def codes_ZYX(self) -> NDArray[Any]:
+        """Return the code of each voxel, as a fresh memory map (about 50 µs); take it once per patch."""
+        return self._look(self.stored_codes)
+
+    @property
+    def counts_BC(self) -> NDArray[Any]:
+        """Return how often each code occurs in each index block (uint32), as a fresh memory map."""
+        return self._look(self.stored_counts)
+
+    def _look(self, stored: _Stored) -> NDArray[Any]:
+        """Map the array; if the cache was removed meanwhile, build it again from the same labels."""
+        try:
+            return stored.map()
+        except FileNotFoundError:
+            again = open_codes(self.crop, self.grid.voxel_size_nm, self.folder.parent.parent)
+        if again.folder != self.folder or not np.array_equal(again.states_CK, self.states_CK):
+            raise DataError(self.crop.name, "its labels changed while they were in use", "start again")
+        return stored.map()
 
 
 def default_cache() -> Path:
@@ -64,118 +97,169 @@ def default_cache() -> Path:
 def open_codes(crop: Crop, voxel_size_nm: NmZYX, cache: Path) -> CropCodes:
     """Return the label codes of a crop at that voxel size, from the cache or built into it."""
     grid = crop.grid.at_voxel_size(voxel_size_nm)
-    folder = cache / "codes" / _content_key(crop, grid)
+    key = _content_key(crop)
+    native = cache / "codes" / _entry_name(key, crop.grid)
+    folder = cache / "codes" / _entry_name(key, grid)
+
+    def from_labels(writer: CodeWriter) -> None:
+        encode_labels(crop, writer)
+
+    def from_codes(writer: CodeWriter) -> None:
+        fine = _opened(crop, crop.grid, native, from_labels)
+        encode_codes(Fine(fine.grid, lambda box: fine.codes_ZYX[box.slices], fine.states_CK), grid, writer)
+
+    return _opened(crop, grid, folder, from_labels if folder == native else from_codes)
+
+
+def _opened(crop: Crop, grid: Grid, folder: Path, encode: Callable[[CodeWriter], None]) -> CropCodes:
     if not folder.exists():
-        _build_into(crop, grid, folder)
+        _build_into(crop, grid, folder, encode)
     try:
-        return _read_entry(folder, grid)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError) as error:
+        return _read_entry(crop, grid, folder)
+    except DAMAGE as error:
         raise DataError(folder, f"damaged code cache ({error})", "delete this folder; it is built anew") from None
 
 
-def _read_entry(folder: Path, grid: Grid) -> CropCodes:
+def _read_entry(crop: Crop, grid: Grid, folder: Path) -> CropCodes:
     table = json.loads((folder / "table.json").read_bytes())
-    codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
-    counts = np.load(folder / "counts.npy", allow_pickle=False)
     names, states = tuple(table["names"]), np.array(table["states"], dtype=np.uint8)
+    histogram = np.array(table["voxels"], dtype=np.int64)
+    codes, counts = _header(folder / "codes.npy"), _header(folder / "counts.npy")
     expected = (grid.shape_zyx, (len(index_blocks(grid.shape_zyx)), len(states)), (len(states), len(names)))
     if (codes.shape, counts.shape, states.shape) != expected:
         raise ValueError(f"shapes {codes.shape}, {counts.shape}, {states.shape} instead of {expected}")
-    return CropCodes(grid, codes, names, states, counts, folder)
+    if codes.dtype != (np.uint8 if len(states) <= 256 else np.uint16) or counts.dtype != np.uint32:
+        raise ValueError(f"dtypes {codes.dtype}, {counts.dtype}")
+    if histogram.shape != (len(states),) or (histogram < 1).any() or histogram.sum() != math.prod(grid.shape_zyx):
+        raise ValueError(f"{histogram.sum()} voxels are counted instead of {math.prod(grid.shape_zyx)}")
+    return CropCodes(grid, names, states, histogram, crop, folder, codes, counts)
 
 
-def index_blocks(shape_zyx: VoxelsZYX) -> list[Box]:
+def _header(path: Path) -> _Stored:
+    """Read where the array of a .npy file lies; ValueError unless the file is exactly as long as that says."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
+        raise ValueError(f"{path.name} is no plain array")
+    length = path.stat().st_size
+    if length != array.offset + array.nbytes:
+        raise ValueError(f"{path.name} has {length} bytes instead of {array.offset + array.nbytes}")
+    return _Stored(path, array.dtype, array.shape, array.offset)
+
+
+class IndexBlocks(Sequence[Box]):
+    """The index blocks of a code volume in raster order, each computed when asked for."""
+
+    def __init__(self, shape_zyx: VoxelsZYX) -> None:
+        self._shape = shape_zyx
+        self._counts = [-(-n // b) for n, b in zip(shape_zyx, INDEX_BLOCK, strict=True)]
+
+    def __len__(self) -> int:
+        return math.prod(self._counts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        _, ny, nx = self._counts
+        start = [i * b for i, b in zip((place // (ny * nx), place // nx % ny, place % nx), INDEX_BLOCK, strict=True)]
+        stop = [a + b for a, b in zip(start, INDEX_BLOCK, strict=True)]
+        box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+        return box.clip(Box.whole(self._shape))
+
+
+def index_blocks(shape_zyx: VoxelsZYX) -> IndexBlocks:
     """Return the index blocks of a code volume, in the order of the rows of `counts_BC`."""
-    return list(blocks(shape_zyx, INDEX_BLOCK))
+    return IndexBlocks(shape_zyx)
 
 
-def _content_key(crop: Crop, grid: Grid) -> str:
-    digest = hashlib.sha256(repr((CODES_VERSION, crop.grid, grid)).encode())
+def _content_key(crop: Crop) -> bytes:
+    """Return a digest of what the annotation is: meaning of values, and name, size and time of every stored file."""
+    digest = hashlib.sha256(repr((CODES_VERSION, crop.grid)).encode())
     for label in crop.labels:
         digest.update(repr((label.name, label.instance, label.absent, label.unknown)).encode())
-        for folder, subfolders, files in os.walk(label.path):
-            subfolders.sort()
-            for name in sorted(files):
-                status = os.stat(os.path.join(folder, name))
-                entry = (os.path.relpath(folder, label.path), name, status.st_size, status.st_mtime_ns)
-                digest.update(repr(entry).encode())
         digest.update(str(label.path.resolve()).encode())
-    return digest.hexdigest()[:32]
+        try:
+            digest.update(repr(sorted(_files(str(label.path), ""))).encode())
+        except OSError as error:
+            raise DataError(label.path, f"cannot be listed ({error.strerror})", "restore it") from None
+    return digest.digest()
 
 
-def _build_into(crop: Crop, grid: Grid, folder: Path) -> None:
-    """Build in a temporary folder and rename; when two processes build at once, the first one wins."""
+def _files(folder: str, below: str) -> Iterator[tuple[str, int, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files(entry.path, f"{below}{entry.name}/")
+            else:
+                status = entry.stat()
+                yield f"{below}{entry.name}", status.st_size, status.st_mtime_ns
+
+
+def _entry_name(key: bytes, grid: Grid) -> str:
+    return hashlib.sha256(key + repr(grid).encode()).hexdigest()[:32]
+
+
+def _build_into(crop: Crop, grid: Grid, folder: Path, encode: Callable[[CodeWriter], None]) -> None:
+    """Build in a temporary folder and rename it; processes that want the same entry wait for the first."""
+    for attempt in range(ATTEMPTS):
+        with _alone(folder):
+            if folder.exists():
+                return
+            temporary = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
+            try:
+                _build(crop, grid, temporary, encode)
+                os.rename(temporary, folder)
+            except OSError:
+                removed = not temporary.exists()  # somebody deleted the cache: once more
+                if not (folder / "table.json").exists() and (not removed or attempt == ATTEMPTS - 1):
+                    raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _build(crop: Crop, grid: Grid, folder: Path, encode: Callable[[CodeWriter], None]) -> None:
+    writer = CodeWriter(folder, grid.shape_zyx, crop.name)
+    encode(writer)
+    states, histogram = writer.finish()
+    names = [label.name for label in crop.labels]
+    table = {"crop": crop.name, "names": names, "states": states.tolist(), "voxels": histogram.tolist()}
+    write_atomically(folder / "table.json", json.dumps(table).encode())
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of an entry and clear away what a killed process left of it.
+
+    Where files cannot be locked two may build at once; then the first to finish wins.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        lock = folder.with_name(f".lock-{folder.name}")
+        handle = _locked(lock)
     except OSError as error:
         raise DataError(folder.parent, f"cannot be written ({error.strerror})", "choose another --cache") from None
     try:
-        rows = _build(crop, grid, temporary)
-        table = {"crop": crop.name, "names": [label.name for label in crop.labels], "states": rows}
-        (temporary / "table.json").write_text(json.dumps(table))
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / "table.json").exists():
-                raise
+        if handle is not None:
+            for left in folder.parent.glob(f".building-{folder.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if handle is not None:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
 
 
-def _build(crop: Crop, grid: Grid, folder: Path) -> list[list[int]]:
-    """Write codes.npy and counts.npy; return the state row of each code. Memory is bounded by one block."""
-    readers = [ArrayReader(label.path, ChunkCache(64 * 2**20)) for label in crop.labels]
-    codes = np.lib.format.open_memmap(folder / "wide.npy", mode="w+", dtype=np.uint16, shape=grid.shape_zyx)
-    rows: dict[bytes, int] = {}
-    counts: dict[VoxelsZYX, NDArray[np.int64]] = {}
-    for box in blocks(grid.shape_zyx, BUILD_BLOCK):
-        local = np.zeros(box.shape_zyx, dtype=np.int64)
-        local_rows: list[bytes] = [b""]
-        for label, reader in zip(crop.labels, readers, strict=True):
-            key = local * 3 + _states(label, reader, crop.grid, grid.crop(box))
-            used = np.flatnonzero(np.bincount(key.ravel(), minlength=1))
-            local_rows = [local_rows[k // 3] + bytes([k % 3]) for k in used.tolist()]
-            lookup = np.zeros(int(used[-1]) + 1, dtype=np.int64)
-            lookup[used] = np.arange(len(used))
-            local = lookup[key]
-        lookup = np.array([rows.setdefault(row, len(rows)) for row in local_rows])
-        if len(rows) > MAX_CODES:
-            raise DataError(crop.name, f"more than {MAX_CODES} combinations of labels", "check its label arrays")
-        block = lookup[local].astype(np.uint16)
-        codes[box.slices] = block
-        for part in blocks(box.shape_zyx, INDEX_BLOCK):
-            counts[part.shift(box.start).start] = np.bincount(block[part.slices].ravel())
-    table = np.zeros((len(counts), len(rows)), dtype=np.uint32)
-    for row, box in enumerate(index_blocks(grid.shape_zyx)):
-        table[row, : len(counts[box.start])] = counts[box.start]
-    np.save(folder / "counts.npy", table)
-    _narrow(codes, folder, np.dtype(np.uint8 if len(rows) <= 256 else np.uint16))
-    return [list(row) for row in rows]
-
-
-def _narrow(wide: NDArray[np.uint16], folder: Path, dtype: np.dtype[Any]) -> None:
-    narrow = np.lib.format.open_memmap(folder / "codes.npy", mode="w+", dtype=dtype, shape=wide.shape)
-    for start in range(0, wide.shape[0], BUILD_BLOCK[0]):
-        narrow[start : start + BUILD_BLOCK[0]] = wide[start : start + BUILD_BLOCK[0]]
-    narrow.flush()
-    (folder / "wide.npy").unlink()
-
-
-def _states(label: LabelArray, reader: ArrayReader, source: Grid, target: Grid) -> NDArray[np.int64]:
-    """Return the state of one class on `target`: present where it fills at least half of what is known there."""
-    offset = target.aligned_with(source)
-    if offset is not None:
-        return _decode(label, reader.read(Box.whole(target.shape_zyx).shift(offset)))
-    covering = source.covering(target).clip(Box.whole(source.shape_zyx))
-    states = _decode(label, reader.read(covering))
-    share = np.stack([states == PRESENT, states == UNKNOWN]).astype(np.float32)
-    present, unknown = resample(share, source.crop(covering), target, area=True)
-    known = 1 - unknown
-    filled = np.where(present >= 0.5 * known - 1e-5, PRESENT, ABSENT)
-    return np.where(known >= 0.5 - 1e-5, filled, UNKNOWN)
-
-
-def _decode(label: LabelArray, values: NDArray[Any]) -> NDArray[np.int64]:
-    states = np.where(values != label.absent, PRESENT, ABSENT)
-    return states if label.unknown is None else np.where(values == label.unknown, UNKNOWN, states)
+def _locked(path: Path) -> int | None:
+    """Return an open, locked file at that path; None where the file system has no locks."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(handle)
+            return None
+        os.close(handle)  # whoever held it is done and removed it

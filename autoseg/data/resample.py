@@ -1,14 +1,19 @@
 """Move voxels between grids, axis by axis: linear where it enlarges, area-averaged where it shrinks.
 
-Grids meet by voxel centres. Each axis is one small matrix of weights, so a volume costs three products.
+Grids meet by voxel centres. Each axis is one small matrix of weights, so a volume costs three products. Where target
+voxels are whole groups of source voxels, sums of integers do the same for labels.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.geometry import Grid
+
+Factors = tuple[int | None, int | None, int | None]
 
 
 def axis_weights(
@@ -52,3 +57,52 @@ def resample(volume_XZYX: NDArray[np.float32], source: Grid, target: Grid, *, ar
             position = out.ndim - 3 + axis
             out = np.moveaxis(np.tensordot(weights, out, axes=(1, position)), 0, position)
     return np.ascontiguousarray(out, dtype=np.float32)
+
+
+def whole_factors(source: Grid, target: Grid) -> Factors:
+    """Return for each axis how many source voxels make one target voxel, None where those are not whole voxels.
+
+    The last target voxel may hold fewer: the source may end inside it.
+    """
+    factors: list[int | None] = []
+    for n, m, v, w, c, d in zip(
+        source.shape_zyx,
+        target.shape_zyx,
+        source.voxel_size_nm,
+        target.voxel_size_nm,
+        source.corner_nm,
+        target.corner_nm,
+        strict=True,
+    ):
+        factor = round(w / v)
+        whole = factor >= 1 and abs(w / v - factor) < 1e-6 * factor and abs(d - c) < 1e-3 * v
+        factors.append(factor if whole and -(-n // factor) == m else None)
+    return factors[0], factors[1], factors[2]
+
+
+def block_sums(values_ZYX: NDArray[Any], factors: Factors) -> NDArray[Any]:
+    """Return the sums of groups of that many voxels along each axis that has a factor, in the dtype of the values."""
+    out = values_ZYX
+    for axis, factor in enumerate(factors):
+        if factor is None or factor == 1:
+            continue
+        before = (slice(None),) * axis
+        total = out[(*before, slice(0, None, factor))].copy()
+        for i in range(1, factor):
+            part = out[(*before, slice(i, None, factor))]
+            total[(*before, slice(0, part.shape[axis]))] += part
+        out = total
+    return out
+
+
+def mean_of_sums(sums_ZYX: NDArray[np.float32], source: Grid, target: Grid, factors: Factors) -> NDArray[np.float32]:
+    """Return the area means on `target` from the sums that `block_sums` made of voxels on `source`."""
+    out, shape, size, origin = sums_ZYX, [0, 0, 0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+    for axis, factor in enumerate(factors):
+        grid = source if factor is None else target
+        shape[axis], size[axis], origin[axis] = grid.shape_zyx[axis], grid.voxel_size_nm[axis], grid.origin_nm[axis]
+        if factor is not None and factor > 1:
+            held = np.minimum(factor, source.shape_zyx[axis] - np.arange(shape[axis]) * factor).astype(np.float32)
+            out = out / held.reshape([-1 if a == axis else 1 for a in range(3)])
+    between = Grid((shape[0], shape[1], shape[2]), (size[0], size[1], size[2]), (origin[0], origin[1], origin[2]))
+    return resample(out, between, target, area=True)

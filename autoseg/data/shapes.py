@@ -191,17 +191,17 @@ def measure_shape(codes: CropCodes, states_C: NDArray[np.uint8], source: LabelAr
 
 def _measure(codes: CropCodes, states_C: NDArray[np.uint8], source: LabelArray | None, seed: str) -> ShapeSample:
     centre = _centre(codes, states_C, seed)
-    values, cut, num_voxels = np.zeros(0), 0, 0
+    codes_ZYX, values, cut, num_voxels = codes.codes_ZYX, np.zeros(0), 0, 0
     for box, steps in _thickness_boxes(codes, centre):
         size = _scaled(codes.grid.voxel_size_nm, steps)
-        picked = codes.codes_ZYX[tuple(slice(a, b, s) for a, b, s in zip(box.start, box.stop, steps, strict=True))]
+        picked = codes_ZYX[tuple(slice(a, b, s) for a, b, s in zip(box.start, box.stop, steps, strict=True))]
         states = states_C[picked]
         values, cut = thickness(states == PRESENT, size, states == UNKNOWN)
         num_voxels += states.size
         if len(values) >= max(1, cut):
             break
     box = _box_around(centre, codes.grid.shape_zyx, codes.grid.voxel_size_nm, INSTANCE_VOXELS)
-    mask = states_C[codes.codes_ZYX[box.slices]] == PRESENT
+    mask = states_C[codes_ZYX[box.slices]] == PRESENT
     if source is None:
         labels = cc3d.connected_components(mask)
     else:

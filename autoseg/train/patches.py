@@ -11,6 +11,7 @@ Code 0 is "everything unknown": padding, a validation box, EM that was never fet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class _Source(NamedTuple):
     codes: CropCodes
     to_global: NDArray[np.int32]
     em: EmReader
-    blocks: list[Box]
+    blocks: Sequence[Box]
 
 
 class PatchSampler:
