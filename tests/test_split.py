@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from autoseg.data.split import MIN_CROPS_TO_HOLD_OUT_ONE, VALIDATION_SHARE, SplitCrop, derive_split
+from autoseg.data.islands import SplitCrop
+from autoseg.data.split import MIN_CROPS_TO_HOLD_OUT_ONE, VALIDATION_SHARE, derive_split
 from autoseg.geometry import VoxelsZYX
 from autoseg.schema import Region, Split
 

@@ -57,7 +57,8 @@ def _knowable(logic: Logic, dataset: Dataset, annotated: list[str]) -> list[str]
 def _crop_facts(crop: Crop, logic: Logic, names: list[str], cache: Path) -> CropFacts:
     codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
     histogram = codes.histogram_C
-    states, conflicts = logic.complete(logic.rows(codes.states_CK, codes.names))
+    rows = logic.rows(codes.states_CK, codes.names)
+    states, conflicts = logic.complete(rows)
     columns = logic.columns(names)
     counts = {
         name: ClassCount(
@@ -77,6 +78,7 @@ def _crop_facts(crop: Crop, logic: Logic, names: list[str], cache: Path) -> Crop
         annotated=tuple(label.name for label in crop.labels),
         counts=counts,
         conflicts=int(histogram[conflicts.any(axis=1)].sum()),
+        contradictions=logic.contradictions(rows, histogram),
     )
 
 

@@ -27,6 +27,7 @@ from autoseg.schema import (
 MISSING = "–"
 LINES_EVERY_S = 10.0
 RISING = 0.005
+NAMED_PAIRS = 4
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -99,6 +100,23 @@ def fingerprint_table(facts: Fingerprint) -> Table:
             str(sum(c.present > 0 for c in counts)),
         )
     return table
+
+
+def warn(facts: Fingerprint, console: Console) -> None:
+    """Print what was left out, which annotations contradict each other, and what looks wrong."""
+    for item in facts.left_out:
+        console.print(f"warning: left out {item.name}: {item.why}")
+    for crop in facts.crops:
+        if crop.conflicts:
+            named = "; ".join(one.text for one in crop.contradictions[:NAMED_PAIRS])
+            more = len(crop.contradictions) - NAMED_PAIRS
+            console.print(
+                f"warning: {crop.name}: {crop.conflicts:,} voxels contradict the class table, annotation wins: {named}"
+                + (f"; and {more} more pairs of classes" if more > 0 else "")
+            )
+    for finding in facts.findings:
+        label = "warning" if finding.alarm else "note"
+        console.print(f"{label}: {finding.where}: {finding.what}: {finding.remedy}")
 
 
 def _known(count: ClassCount) -> int:
