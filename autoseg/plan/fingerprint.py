@@ -1,4 +1,7 @@
-"""DATA -> fingerprint: what was annotated, how often each class occurs, how the EM looks. Reads each voxel once."""
+"""DATA -> fingerprint: what was annotated, how often each class occurs, how the EM looks, what looks wrong.
+
+Reads each label voxel once.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from autoseg.data import store
-from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, select
-from autoseg.data.codes import open_codes
+from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, cellmap_table, select
+from autoseg.data.codes import CropCodes, open_codes
 from autoseg.data.dataset import Crop, Dataset, open_dataset
 from autoseg.data.em import finest_stored, measure_intensity
+from autoseg.data.sanity import find
+from autoseg.data.traits import measure
 from autoseg.errors import DataError
 from autoseg.schema import ClassCount, CropFacts, Fingerprint, VolumeFacts
 
@@ -27,18 +32,24 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
     annotated = sorted({label.name for crop in dataset.crops for label in crop.labels})
     select(dataset.table, annotated)
     names = _knowable(logic, dataset, annotated)
-    crops = []
+    crops, traits = [], []
     for done, crop in enumerate(dataset.crops):
         progress("crops", done, len(dataset.crops))
-        crops.append(_crop_facts(crop, logic, names, cache))
+        codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
+        crops.append(_crop_facts(crop, codes, logic, names))
+        traits.append(measure(crop, codes))
     progress("crops", len(dataset.crops), len(dataset.crops))
-    volumes = {crop.volume: crop.em for crop in dataset.crops}
+    ems = {crop.volume: crop.em for crop in dataset.crops}
+    volumes = tuple(_volume_facts(name, em, dataset.root) for name, em in sorted(ems.items()))
+    own = {name: members for name, members in dataset.table.sets.items() if cellmap_table().sets.get(name) != members}
     return Fingerprint(
-        volumes=tuple(_volume_facts(name, em, dataset.root) for name, em in sorted(volumes.items())),
+        volumes=volumes,
         crops=tuple(crops),
         classes=select(dataset.table, names),
         disjoint=dataset.table.disjoint,
         left_out=dataset.left_out,
+        class_sets=own,
+        findings=tuple(find(crops, volumes, traits)),
     )
 
 
@@ -54,8 +65,7 @@ def _knowable(logic: Logic, dataset: Dataset, annotated: list[str]) -> list[str]
     return sorted([*annotated, *derived], key=order.__getitem__)
 
 
-def _crop_facts(crop: Crop, logic: Logic, names: list[str], cache: Path) -> CropFacts:
-    codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
+def _crop_facts(crop: Crop, codes: CropCodes, logic: Logic, names: list[str]) -> CropFacts:
     histogram = codes.histogram_C
     rows = logic.rows(codes.states_CK, codes.names)
     states, conflicts = logic.complete(rows)
