@@ -187,12 +187,11 @@ def test_knowing_more_never_takes_a_conclusion_back(case: Case, data: st.DataObj
 # ---- contradictions have names --------------------------------------------------------------------------------
 
 
-def sides(reference: Reference, row: Row) -> set[tuple[str, str, str]]:
+def sides(reference: Reference, row: Row, facts: set[tuple[str, int]]) -> set[tuple[str, str, str]]:
     """Return which annotated class stands against which in one row, by the definitions of Contradiction."""
     present = [name for name, state in row.items() if state == PRESENT]
     absent = [name for name, state in row.items() if state == ABSENT]
     wholes = {name: {name, *(b for b in reference.entries if reference.is_part(name, b))} for name in present}
-    facts, _, _ = reference.complete(row)
     found = set()
     for i, a in enumerate(present):
         for b in present[i:]:
@@ -206,7 +205,6 @@ def sides(reference: Reference, row: Row) -> set[tuple[str, str, str]]:
 
 
 @given(cases(), st.data())
-@settings(max_examples=200)
 def test_every_contradiction_names_both_sides_and_counts_their_voxels(case: Case, data: st.DataObject) -> None:
     table, rows = case
     logic, reference = Logic(table), Reference(table)
@@ -218,8 +216,8 @@ def test_every_contradiction_names_both_sides_and_counts_their_voxels(case: Case
     expected: dict[tuple[str, str, str], int] = {}
     for row, conflict, n in zip(rows, conflicts, voxels.tolist(), strict=True):
         as_facts = as_row(logic.names, row)
-        torn = reference.complete(as_facts)[2]
-        pairs = sides(reference, as_facts)
+        facts, _, torn = reference.complete(as_facts)
+        pairs = sides(reference, as_facts, facts)
         assert bool(pairs) == bool(conflict.any()), "a row is in contradiction where two sides can be named"
         assume(not torn or not any(rule == "parts" for rule, _, _ in pairs))  # torn: the loops keep both facts
         for pair in pairs:
@@ -253,7 +251,7 @@ def test_a_contradiction_reads_as_a_sentence(annotated: Row, text: str) -> None:
     [
         (("nuc", "env", "chrom"), False),
         (("env", "chrom", "cyto"), False),
-        (("cell", "nuc", "cyto"), False),
+        (("cell", "nuc"), False),
         (("chrom", "cyto", "ecs"), True),
         (("cell", "env", "chrom", "cyto", "ecs", "only"), True),
     ],
