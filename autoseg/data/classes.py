@@ -81,6 +81,7 @@ class Logic:
         self._part_of = np.zeros((num, num), dtype=bool)  # [part, composite]
         self._components = np.zeros((num, num), dtype=bool)
         self._disjoint = np.zeros((num, num), dtype=bool)
+        self._atoms = np.array([[name in atoms[entry.name] for name in self.names] for entry in table.classes])
         for i, a in enumerate(table.classes):
             for j, b in enumerate(table.classes):
                 self._part_of[i, j] = i != j and bool(b.components) and atoms[a.name] <= atoms[b.name]
@@ -138,18 +139,17 @@ class Logic:
 
         Every row in which `complete` finds a contradiction is in at least one of them.
         """
-        states, conflicts = self.complete(annotated_CK)
-        rows = conflicts.any(axis=1)
+        rows = self.complete(annotated_CK)[1].any(axis=1)
         voxels = histogram_C[rows].astype(np.float64)[:, None]
-        present = (annotated_CK[rows] == PRESENT).astype(np.float64)
-        absent = (annotated_CK[rows] == ABSENT).astype(np.float64)
-        no_part = ~_any(states[rows] != ABSENT, self._components) & self._components.any(axis=0)
-        within = (self._part_of | np.eye(len(self.names), dtype=bool)).astype(np.float64)
-        exclude = np.triu(within @ self._disjoint @ within.T > 0)  # what excludes a whole excludes its parts
+        present, absent = annotated_CK[rows] == PRESENT, annotated_CK[rows] == ABSENT
+        within = (self._part_of | np.eye(len(self.names), dtype=bool)).astype(np.float32)
+        exclude = within @ self._disjoint @ within.T > 0  # what excludes a whole excludes its parts
         together, outside = (present * voxels).T @ present, (present * voxels).T @ absent
-        hollow = ((present * voxels) * no_part).sum(axis=0)
+        refuted = _any(present, exclude) | _any(absent, self._part_of.T)
+        gone = _any(absent, self._atoms) | _any(present, _any(exclude, self._atoms))
+        hollow = ((present & ~refuted & ~_any(~gone, self._atoms.T)) * voxels).sum(axis=0)
         found: list[tuple[Literal["excludes", "contains", "parts"], int, int, float]] = [
-            *(("excludes", i, j, together[i, j]) for i, j in np.argwhere(exclude & (together > 0)).tolist()),
+            *(("excludes", i, j, together[i, j]) for i, j in np.argwhere(np.triu(exclude) & (together > 0)).tolist()),
             *(("contains", i, j, outside[i, j]) for i, j in np.argwhere(self._part_of & (outside > 0)).tolist()),
             *(("parts", i, i, hollow[i]) for i in np.flatnonzero(hollow).tolist()),
         ]

@@ -63,8 +63,8 @@ class ClassCount(Record, frozen=True, kw_only=True):
 class Contradiction(Record, frozen=True, kw_only=True):
     """Voxels of a crop where `present` is annotated although another annotation says that it cannot be there.
 
-    `excludes`: `against` is present too; `contains`: `against` contains it and is absent; `parts`: all its components
-    are absent (`against` is the class itself).
+    `excludes`: `against` is present too; `contains`: `against` contains it and is absent; `parts`: no single class
+    refutes it, but no part of it is left (`against` is the class itself).
     """
 
     present: str
