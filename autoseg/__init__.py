@@ -11,7 +11,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │
     ├── plan/              WHAT TO DO
     │                      fingerprint.py · hardware.py · planner.py (the order of the rules) · draft.py
-    │                      rules_data.py · rules_network.py · rules_training.py (value, because, source)
+    │                      rules_data.py · rules_split.py · rules_network.py · rules_training.py
+    │                      (each: value, because, source)
     ├── train/             DOING IT
     │                      patches.py (batch of step s) · augment.py · loader.py · step.py · schedule.py
     │                      validation.py · thresholds.py · budget.py · loop.py · journal.py · signals.py
@@ -30,8 +31,9 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── data/              WHAT THERE IS
     │                      dataset.py (the layout) · classes.py (three-valued logic)
     │                      codes.py (label codes, their cache) · coding.py (how they are made)
-    │                      shapes.py (thickness, instances) · em.py · resample.py · split.py
+    │                      shapes.py (thickness, instances) · em.py · resample.py · split.py islands.py (where crops lie)
     │                      convert.py, writer.py (import) · synthetic.py
+    │                      sanity.py (what looks wrong), traits.py (what of it is measured)
     │                      store/ (the only door to zarr): engine.py metadata.py reading.py pyramid.py
     │                      formats/ (the only door to TIFF, HDF5, ...): volume.py readers.py writers.py pairing.py
     │

@@ -165,7 +165,9 @@ def _plan(commands: _Commands) -> None:
     parser.add_argument("--fingerprint", type=Path, metavar="F", help="plan from a fingerprint instead of DATA")
     parser.add_argument("--hardware", default="local", help="local, or the path of a hardware record")
     parser.add_argument("--budget", metavar="TIME", help="training time such as 90s, 10m, 2h")
-    parser.add_argument("--classes", metavar="a,b", help="train these classes only")
+    parser.add_argument("--classes", metavar="a,b", help="train these classes, or sets such as cellmap-48, only")
+    parser.add_argument("--folds", type=int, metavar="K", help="cross-validate: cut the data into K folds by volume")
+    parser.add_argument("--fold", type=int, metavar="N", help="which fold validates, from 1 (default: 1)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
     )

@@ -70,7 +70,7 @@ def run_fingerprint(options: argparse.Namespace) -> int:
     if options.out:
         save(facts, options.out)
     console.print(terminal.fingerprint_table(facts))
-    _warn_left_out(facts, console)
+    terminal.warn(facts, console)
     _tell_cache(options, console)
     _print_json(options, facts)
     return EXIT_OK
@@ -90,12 +90,13 @@ def run_plan(options: argparse.Namespace) -> int:
         settings["budget_s"] = to_seconds(options.budget)
     if options.classes:
         settings["classes.names"] = [name.strip() for name in options.classes.split(",") if name.strip()]
+    settings |= {f"split.{n}": v for n in ("folds", "fold") if (v := getattr(options, n)) is not None}
     if options.fingerprint:
         facts = load_as(options.fingerprint, Fingerprint)
     else:
         with _progress(console) as progress:
             facts = fingerprint(options.data or Path("data"), _cache(options), progress)
-    _warn_left_out(facts, console)
+    terminal.warn(facts, console)
     plan = make_plan(out.stem, facts, hardware, settings)
     save(plan, out)
     console.print(terminal.plan_table(plan))
@@ -326,16 +327,6 @@ def _progress(console: Console) -> Iterator[Any]:
             bar.update(tasks[what], completed=done, total=total)
 
         yield show
-
-
-def _warn_left_out(facts: Fingerprint, console: Console) -> None:
-    for item in facts.left_out:
-        console.print(f"warning: left out {item.name}: {item.why}")
-    for crop in facts.crops:
-        if crop.conflicts:
-            console.print(
-                f"warning: {crop.name}: {crop.conflicts:,} voxels contradict the class table; annotation wins"
-            )
 
 
 def _print_json(options: argparse.Namespace, value: Any) -> None:

@@ -10,9 +10,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from strategies import crop_path, em_path, write_label, write_multiscale
 
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, cellmap_table, merge, select, table_of
 from autoseg.errors import DataError
+from autoseg.geometry import Grid
+from autoseg.plan import fingerprint
 from autoseg.schema import ClassEntry, ClassTable, encode, write_atomically
 
 Row = dict[str, int]
@@ -181,6 +184,131 @@ def test_knowing_more_never_takes_a_conclusion_back(case: Case, data: st.DataObj
     assert np.array_equal(more_known[keep], fewer_known[keep])
 
 
+# ---- contradictions have names --------------------------------------------------------------------------------
+
+
+def sides(reference: Reference, row: Row) -> set[tuple[str, str, str]]:
+    """Return which annotated class stands against which in one row, by the definitions of Contradiction."""
+    present = [name for name, state in row.items() if state == PRESENT]
+    absent = [name for name, state in row.items() if state == ABSENT]
+    wholes = {name: {name, *(b for b in reference.entries if reference.is_part(name, b))} for name in reference.entries}
+
+    def exclude(a: str, b: str) -> bool:
+        return any(reference.exclude(x, y) for x in wholes[a] for y in wholes[b])
+
+    gone = set().union(*(reference.atoms[name] for name in absent))
+    gone |= {atom for a in present for b in reference.entries if exclude(a, b) for atom in reference.atoms[b]}
+    found = set()
+    for a in present:
+        pairs = {("excludes", *sorted((a, b))) for b in present if exclude(a, b)}
+        pairs |= {("contains", a, b) for b in absent if reference.is_part(a, b)}
+        if not pairs and reference.atoms[a] <= gone:
+            pairs = {("parts", a, a)}
+        found |= pairs
+    return found
+
+
+@given(cases(), st.data())
+def test_every_contradiction_names_both_sides_and_counts_their_voxels(case: Case, data: st.DataObject) -> None:
+    table, rows = case
+    logic, reference = Logic(table), Reference(table)
+    voxels = np.array(data.draw(st.lists(st.integers(1, 10**9), min_size=len(rows), max_size=len(rows))))
+    _, conflicts = logic.complete(rows)
+    named = logic.contradictions(rows, voxels)
+    assert [one.voxels for one in named] == sorted((one.voxels for one in named), reverse=True)
+    assert bool(named) == bool(conflicts.any())
+    expected: dict[tuple[str, str, str], int] = {}
+    for row, conflict, n in zip(rows, conflicts, voxels.tolist(), strict=True):
+        as_facts = as_row(logic.names, row)
+        pairs = sides(reference, as_facts)
+        assert bool(pairs) == bool(conflict.any()), "a row is in contradiction where two sides can be named"
+        for pair in pairs:
+            expected[pair] = expected.get(pair, 0) + n
+    found = {}
+    for one in named:
+        pair = sorted((one.present, one.against)) if one.rule == "excludes" else (one.present, one.against)
+        found[(one.rule, *pair)] = one.voxels
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("annotated", "text"),
+    [
+        ({"chrom": PRESENT, "nuc": ABSENT}, "chrom where nuc is absent (7)"),
+        ({"ecs": PRESENT, "nuc": PRESENT}, "nuc together with ecs (7)"),
+        ({"nuc": PRESENT, "env": ABSENT, "chrom": ABSENT}, "nuc where all its parts are absent (7)"),
+    ],
+)
+def test_a_contradiction_reads_as_a_sentence(annotated: Row, text: str) -> None:
+    logic = Logic(CELL)
+    rows = logic.rows(np.array([list(annotated.values())], dtype=np.uint8), list(annotated))
+    assert [one.text for one in logic.contradictions(rows, np.array([7]))] == [text]
+
+
+# ---- a volume: codes and their table against every voxel for itself -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "can_tear"),
+    [
+        (("nuc", "env", "chrom"), False),
+        (("env", "chrom", "cyto"), False),
+        (("cell", "nuc"), False),
+        (("chrom", "cyto", "ecs"), True),
+        (("cell", "env", "chrom", "cyto", "ecs", "only"), True),
+    ],
+)
+def test_counts_of_a_crop_equal_a_fixpoint_in_every_voxel(
+    tmp_path: Path, names: tuple[str, ...], can_tear: bool
+) -> None:
+    """Codes, table and histogram against the loops, voxel by voxel: counts of each class, and contradictions."""
+    rng = np.random.default_rng(0)
+    write_atomically(tmp_path / "classes.json", encode(CELL))
+    shape = (3, 6, 7)
+    grid = Grid(shape, (8.0, 8.0, 8.0), (0.0, 0.0, 0.0))
+    em = rng.integers(1, 255, shape).astype(np.uint8)
+    write_multiscale(em_path(tmp_path, "d"), [(grid, em)])
+    labels = {name: rng.choice([0, 0, 0, 1, 2], shape).astype(np.uint8) for name in names}
+    for name, values in labels.items():
+        write_label(crop_path(tmp_path, "d", "crop1"), name, values, grid, unknown=2)
+    (facts,) = fingerprint(tmp_path, tmp_path / "cache").crops
+
+    reference = Reference(table_of(tmp_path))
+    counts = {name: [0, 0, 0] for name in facts.counts}
+    conflicts = num_torn = 0
+    for spot in np.ndindex(shape):
+        row = {name: int(values[spot]) for name, values in labels.items() if values[spot] != UNKNOWN}
+        known, refuted, torn = reference.complete(row)
+        conflicts += bool(refuted or torn)
+        num_torn += bool(torn)  # there the package draws no conclusion further, and the loops draw both
+        for name, count in counts.items():
+            states = [row[name]] if name in row else [state for state in (ABSENT, PRESENT) if (name, state) in known]
+            count[states[0] if len(states) == 1 else UNKNOWN] += 1
+    found = {name: [c.absent, c.present, c.unknown] for name, c in facts.counts.items()}
+    assert bool(num_torn) == can_tear
+    for name, count in counts.items():
+        assert np.abs(np.subtract(found[name], count)).max() <= num_torn, name
+        assert sum(found[name]) == sum(count) == em.size
+    assert facts.conflicts == conflicts
+    assert bool(facts.contradictions) == bool(conflicts)
+
+
+def test_the_cost_of_logic_is_in_the_table_not_in_the_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    real = Logic.complete
+    monkeypatch.setattr(Logic, "complete", lambda self, states: rows.append(len(states)) or real(self, states))
+    for edge in (8, 64):
+        rng = np.random.default_rng(0)
+        grid = Grid((4, edge, edge), (8.0, 8.0, 8.0), (0.0, 0.0, 0.0))
+        data = tmp_path / str(edge)
+        write_multiscale(em_path(data, "d"), [(grid, rng.integers(1, 255, grid.shape_zyx).astype(np.uint8))])
+        for name in ("mito", "pm"):
+            values = rng.integers(0, 2, grid.shape_zyx).astype(np.uint8)
+            write_label(crop_path(data, "d", "crop1"), name, values, grid)
+        fingerprint(data, tmp_path / "cache")
+    assert max(rows) == 4, "two classes have four combinations, in 256 voxels and in 16,384"
+
+
 # ---- the rules, one by one ----------------------------------------------------------------------------------
 
 CELL = ClassTable(
@@ -325,6 +453,67 @@ def test_an_annotated_nucleus_that_is_absent_decides_its_parts_and_no_more() -> 
     parts = next(entry.components for entry in cellmap_table().classes if entry.name == "nuc")
     assert set(row) == {"nuc", "ne", "np", "chrom", "ne_mem_all", *parts}
     assert set(row.values()) == {ABSENT}
+
+
+def test_a_nucleus_follows_from_its_ten_parts() -> None:
+    parts = next(entry.components for entry in cellmap_table().classes if entry.name == "nuc")
+    for part in parts:
+        assert completed(cellmap_table(), **{part: PRESENT})["nuc"] == PRESENT, part
+    absent = dict.fromkeys(parts, ABSENT)
+    assert completed(cellmap_table(), **absent)["nuc"] == ABSENT
+    for part in parts:
+        rest = {name: state for name, state in absent.items() if name != part}
+        assert "nuc" not in completed(cellmap_table(), **rest), f"{part} is unknown, so is the nucleus"
+
+
+def test_er_contains_envelope_and_pores() -> None:
+    for part in ("ne", "np", "ne_lum", "np_in", "er_mem", "eres"):
+        assert completed(cellmap_table(), **{part: PRESENT})["er"] == PRESENT, part
+    row = completed(cellmap_table(), er=ABSENT)
+    assert {name for name, state in row.items() if state == ABSENT} >= {"ne", "np", "ne_mem_all", "eres", "er_mem_all"}
+    assert "nuc" not in row, "chromatin may be there without an envelope in this voxel"
+
+
+def test_cell_contains_nearly_all() -> None:
+    outside = {"ecs", "rbc", "bm", "cell"}
+    plant = ("chloroplast", "vacuole", "plasmodesmata")
+    for entry in cellmap_table().classes:
+        if entry.name not in outside and not entry.name.startswith(plant):
+            assert completed(cellmap_table(), **{entry.name: PRESENT})["cell"] == PRESENT, entry.name
+    absent = completed(cellmap_table(), cell=ABSENT)
+    assert absent["mito"] == absent["nuc"] == absent["er"] == absent["isg"] == ABSENT
+    assert "ecs" not in absent
+
+
+def test_sets_of_the_challenge_are_classes_of_its_table() -> None:
+    sets = cellmap_table().sets
+    assert {name: len(members) for name, members in sets.items()} == {
+        "cellmap-5": 5,
+        "cellmap-14": 14,
+        "cellmap-48": 48,
+    }
+    for members in sets.values():
+        assert len(select(cellmap_table(), members)) == len(set(members))
+    tested = select(cellmap_table(), sets["cellmap-48"])
+    assert {entry.name for entry in tested if entry.instance} == INSTANCES - {"vim"}
+    assert set(sets["cellmap-5"]) - set(sets["cellmap-14"]) == set()
+
+
+def test_a_data_set_defines_sets_of_its_own(tmp_path: Path) -> None:
+    mine = ClassTable(classes=(ClassEntry(name="synapse"),), sets={"mine": ("synapse", "mito"), "cellmap-5": ("nuc",)})
+    write_atomically(tmp_path / "classes.json", encode(mine))
+    sets = table_of(tmp_path).sets
+    assert (sets["mine"], sets["cellmap-5"], len(sets["cellmap-14"])) == (("synapse", "mito"), ("nuc",), 14)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [({"mine": ("mitto",)}, "mitto.*did you mean 'mito'"), ({"mito": ("nuc",)}, "mito is a class and a set")],
+)
+def test_a_wrong_set_is_refused(tmp_path: Path, sets: dict[str, tuple[str, ...]], message: str) -> None:
+    write_atomically(tmp_path / "classes.json", encode(ClassTable(classes=(), sets=sets)))
+    with pytest.raises(DataError, match=message):
+        table_of(tmp_path)
 
 
 def test_classes_of_a_data_set_replace_and_extend_the_table(tmp_path: Path) -> None:

@@ -359,6 +359,8 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "split.validate": ('[{"crop": "v0/crop3"}]', (Region(crop="v0/crop3"),)),
     "split.rule": ("user", "user"),
     "em_voxel_size_nm": ("50,4,4", (50.0, 4.0, 4.0)),
+    "split.folds": ("3", 3),
+    "split.fold": ("2", 2),
     "voxel_size_nm": ("50,9.2,9.2", (50.0, 9.2, 9.2)),
     "patch_size_zyx": ("1,64,32", (1, 64, 32)),
     "input_slices": ("3", 3),

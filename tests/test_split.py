@@ -1,17 +1,36 @@
-"""The split: never the same voxel on both sides, the same for the same seed, by whole volumes where there are many."""
+"""The split: never the same voxel on both sides, the same for the same seed, by whole volumes where there are many.
+
+Reference for space: every voxel of every crop as a set of cells of a fine lattice.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
+
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from test_planner import cheap_trace, facts, machine
 
-from autoseg.data.split import MIN_CROPS_TO_HOLD_OUT_ONE, VALIDATION_SHARE, SplitCrop, derive_split
-from autoseg.geometry import VoxelsZYX
-from autoseg.schema import Region, Split
+from autoseg.data.islands import Leaks, SplitCrop, count_leaks, islands
+from autoseg.data.split import (
+    MAX_CROP_SHARES,
+    MAX_VOXEL_SHARE,
+    MIN_CROPS_TO_HOLD_OUT_ONE,
+    VALIDATION_SHARE,
+    derive_split,
+)
+from autoseg.errors import PlanError
+from autoseg.geometry import Grid, VoxelsZYX
+from autoseg.plan import make_plan, rules_network
+from autoseg.schema import Plan, Region, Split
 
 CLASSES = ("mito", "er", "pm")
+GOLDEN = [["v1/crop1"], ["v0/crop1"], ["v2/crop1"]]
 
 
 @st.composite
@@ -137,3 +156,297 @@ def test_what_the_datasplit_declares_holds_and_the_rest_trains() -> None:
         validate=(Region(crop="a/crop1"), Region(crop="a/crop3")),
         rule="datasplit",
     )
+
+
+# ---- crops in space -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def placed_crops(draw: st.DrawFn, largest: int = 7) -> list[SplitCrop]:
+    """Return crops of one or two EM volumes on lattices of 2 and 4 nm, many of them overlapping."""
+    crops = []
+    for i in range(draw(st.integers(1, largest))):
+        volume = draw(st.sampled_from("ab"))
+        size = draw(st.sampled_from([2.0, 4.0]))
+        shape = tuple(draw(st.integers(1, 6)) for _ in range(3))
+        corner = [2.0 * draw(st.integers(0, 12)) for _ in range(3)]
+        grid = Grid(shape, (size,) * 3, tuple(c + size / 2 for c in corner))
+        present = {name: draw(st.sampled_from([0, 5])) for name in CLASSES}
+        crops.append(SplitCrop(f"{volume}/crop{i}", volume, shape, present, None, grid=grid))
+    return crops
+
+
+def cells(crop: SplitCrop, region: Region) -> set[tuple[str, int, int, int]]:
+    """Return the cells of 2 nm that a region fills, by brute force."""
+    assert crop.grid is not None
+    box = region.box(crop.shape_zyx)
+    edges = [
+        range(round((c + a * v) / 2), round((c + b * v) / 2))
+        for c, v, a, b in zip(crop.grid.corner_nm, crop.grid.voxel_size_nm, box.start, box.stop, strict=True)
+    ]
+    return {(crop.volume, z, y, x) for z, y, x in itertools.product(*edges)}
+
+
+def side(crops: list[SplitCrop], regions: tuple[Region, ...]) -> set[tuple[str, int, int, int]]:
+    by_name = {crop.name: crop for crop in crops}
+    return set().union(*(cells(by_name[region.crop], region) for region in regions))
+
+
+@given(placed_crops(), st.integers(0, 3))
+def test_no_piece_of_em_is_on_both_sides_where_crops_overlap(crops: list[SplitCrop], seed: int) -> None:
+    split = derive_split(crops, seed)
+    assert not side(crops, split.train) & side(crops, split.validate)
+    assert count_leaks(split, crops) == Leaks(0, 0)
+    assert split.train
+
+
+@given(placed_crops(), st.data())
+def test_leaks_are_counted_as_the_cells_say(crops: list[SplitCrop], data: st.DataObject) -> None:
+    """Any regions on either side: a validation voxel leaks if one of its cells is trained on."""
+    taken = []
+    for crop in crops:
+        start = tuple(data.draw(st.integers(0, n - 1)) for n in crop.shape_zyx)
+        stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, crop.shape_zyx, strict=True))
+        taken.append(Region(crop=crop.name, box_zyx=(start, stop)))
+    number = data.draw(st.integers(0, len(taken)))
+    split = Split(train=tuple(taken[:number]), validate=tuple(taken[number:]), rule="user")
+    trained = side(crops, split.train)
+    by_name = {crop.name: crop for crop in crops}
+    expected = []
+    for region in split.validate:
+        crop, box = by_name[region.crop], region.box(by_name[region.crop].shape_zyx)
+        voxels = itertools.product(*(range(a, b) for a, b in zip(box.start, box.stop, strict=True)))
+        one = [Region(crop=crop.name, box_zyx=(v, (v[0] + 1, v[1] + 1, v[2] + 1))) for v in voxels]
+        expected.append(sum(bool(cells(crop, voxel) & trained) for voxel in one))
+    assert count_leaks(split, crops) == Leaks(sum(n > 0 for n in expected), sum(expected))
+
+
+@given(placed_crops())
+def test_islands_are_the_connected_groups_of_overlapping_crops(crops: list[SplitCrop]) -> None:
+    filled = {crop.name: cells(crop, Region(crop=crop.name)) for crop in crops}
+    groups = [{crop.name} for crop in crops]
+    for a, b in itertools.combinations(filled, 2):
+        if filled[a] & filled[b]:
+            joined = next(g for g in groups if a in g) | next(g for g in groups if b in g)
+            groups = [g for g in groups if not g & joined] + [joined]
+    assert sorted(sorted(crop.name for crop in group) for group in islands(crops)) == sorted(map(sorted, groups))
+
+
+def test_a_volume_on_both_sides_leaks_whole_when_the_rule_is_by_volumes() -> None:
+    crops = [SplitCrop(f"a/crop{i}", "a", (2, 3, 4), {}, None) for i in range(3)]
+    split = Split(train=(Region(crop="a/crop0"),), validate=(Region(crop="a/crop1"),), rule="volumes")
+    assert count_leaks(split, crops) == Leaks(1, 24)
+    assert count_leaks(msgspec.structs.replace(split, rule="crops"), crops) == Leaks(0, 0)
+
+
+# ---- classes on both sides ----------------------------------------------------------------------------------
+
+
+@given(crop_sets(), st.integers(0, 5))
+def test_no_single_group_could_still_add_a_class_to_validation(crops: list[SplitCrop], seed: int) -> None:
+    """Greedy to the end: every volume left for training would cost it a class, add none, or be too large."""
+    split = derive_split(crops, seed)
+    assume(split.rule == "volumes")
+    held = {crop.volume for crop in crops if crop.name in names(split.validate)}
+    classes = {v: {k for c in crops if c.volume == v for k, n in c.present.items() if n} for v in "abcde"}
+    covered = set().union(*(classes[v] for v in held))
+    sizes = {v: [math.prod(c.shape_zyx) for c in crops if c.volume == v] for v in "abcde"}
+    share = sum(len(sizes[v]) for v in held) / len(crops)
+    cap = next(cap for cap in MAX_CROP_SHARES if share <= cap)
+    for volume in {crop.volume for crop in crops} - held:
+        rest = set().union(*(classes[v] for v in classes if v not in held and v != volume))
+        fits = sum(len(sizes[v]) for v in (*held, volume)) <= cap * len(crops)
+        fits &= sum(sum(sizes[v]) for v in (*held, volume)) <= MAX_VOXEL_SHARE * sum(map(sum, sizes.values()))
+        assert not (classes[volume] <= rest and fits and classes[volume] - covered)
+
+
+def test_a_class_of_two_volumes_is_on_both_sides() -> None:
+    """Ten volumes, a class in two of them: chance alone would seldom hold one of the two out."""
+    crops = [SplitCrop(f"{v}/crop{i}", v, (8, 8, 8), {"mito": 9}, None) for i, v in enumerate("abcdefghij")]
+    for i in (3, 7):
+        crops[i] = crops[i]._replace(present={"mito": 9, "pm": 1})
+    for seed in range(20):
+        split = derive_split(crops, seed)
+        for regions in (split.train, split.validate):
+            assert {"d/crop3", "h/crop7"} & set(names(regions)), seed
+
+
+# ---- a data set of the challenge's kind ---------------------------------------------------------------------
+
+
+def challenge_like(seed: int, num_crops: int = 289, num_volumes: int = 22) -> list[SplitCrop]:
+    """Return crops as the challenge has them: uneven volumes, 2-64 nm, some nested, partial and rare classes."""
+    rng = np.random.default_rng(seed)
+    volumes = np.minimum(rng.geometric(0.12, num_crops) - 1, num_volumes - 1)
+    volumes[:num_volumes] = np.arange(num_volumes)
+    chance = np.linspace(0.05, 0.8, 20)
+    crops: list[SplitCrop] = []
+    for i, volume in enumerate(volumes):
+        size = float(rng.choice([2, 4, 4, 8, 32, 64]))
+        shape = (int(rng.integers(100, 500)),) * 3
+        corner = [float(n) for n in rng.integers(0, 40_000, 3)]
+        before = [crop for crop in crops if crop.volume == f"v{volume}"]
+        if before and rng.random() < 0.1:  # inside another crop of the volume, annotated more finely
+            assert before[-1].grid is not None
+            corner = [c + 10 for c in before[-1].grid.corner_nm]
+        grid = Grid(shape, (size * 1.31, size, size), tuple(c + size / 2 for c in corner))
+        annotated = rng.random(20) < (1 if rng.random() < 0.8 else 0.1)
+        present = {f"k{k}": int(1000 * (rng.random() < chance[k])) for k in np.flatnonzero(annotated)}
+        crops.append(SplitCrop(f"v{volume}/crop{i}", f"v{volume}", shape, present, None, grid=grid))
+    return crops
+
+
+def classes_of(crops: list[SplitCrop], regions: tuple[Region, ...]) -> set[str]:
+    by_name = {crop.name: crop for crop in crops}
+    return {k for region in regions for k, n in by_name[region.crop].present.items() if n}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_289_crops_of_22_volumes_split_without_a_leak_and_with_every_class_on_both_sides(seed: int) -> None:
+    crops = challenge_like(seed)
+    split = derive_split(crops, seed)
+    assert split.rule == "volumes"
+    assert count_leaks(split, crops) == Leaks(0, 0)
+    every = classes_of(crops, split.train) | classes_of(crops, split.validate)
+    assert classes_of(crops, split.train) == classes_of(crops, split.validate) == every
+    assert 0.05 < len(split.validate) / len(crops) <= 0.2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_five_folds_of_289_crops_are_even_and_train_on_every_class(seed: int) -> None:
+    crops = challenge_like(seed)
+    splits = [derive_split(crops, seed, folds=5, fold=k) for k in range(1, 6)]
+    assert sorted(n for split in splits for n in names(split.validate)) == sorted(crop.name for crop in crops)
+    every = {k for crop in crops for k, n in crop.present.items() if n}
+    volume = {crop.name: crop.volume for crop in crops}
+    for split in splits:
+        assert count_leaks(split, crops) == Leaks(0, 0)
+        assert not {volume[n] for n in names(split.train)} & {volume[n] for n in names(split.validate)}
+        assert classes_of(crops, split.train) == every
+        assert len({volume[n] for n in names(split.validate)}) >= 2
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_crops() -> None:
+    crops = challenge_like(0, 60, 8)
+    for options in ({}, {"folds": 4, "fold": 2}):
+        a, b = (derive_split(order, 0, **options) for order in (crops, crops[::-1]))
+        assert set(names(a.validate)) == set(names(b.validate))
+
+
+def test_the_split_is_the_same_on_every_machine() -> None:
+    """Golden: chance is a hash of names, not a generator whose stream may change with a library."""
+    crops = [SplitCrop(f"v{i}/crop1", f"v{i}", (8, 8, 8), {"mito": 9}, None) for i in range(10)]
+    assert [names(derive_split(crops, seed).validate) for seed in range(3)] == GOLDEN
+
+
+# ---- folds --------------------------------------------------------------------------------------------------
+
+
+@given(crop_sets(), st.integers(2, 5), st.integers(0, 3))
+def test_folds_are_disjoint_cover_everything_and_train_on_the_rest(
+    crops: list[SplitCrop], folds: int, seed: int
+) -> None:
+    try:
+        splits = [derive_split(crops, seed, folds=folds, fold=k) for k in range(1, folds + 1)]
+    except PlanError as error:
+        assert "use fewer folds" in str(error)  # noqa: PT017
+        assert max(max(crop.shape_zyx[1:]) for crop in crops) < folds or len(crops) < folds
+        return
+    for crop in crops:
+        held = [taken(split.validate, crop.name, crop.shape_zyx) for split in splits]
+        assert (np.sum(held, axis=0) == 1).all(), "each voxel validates in exactly one fold"
+        for split, mask in zip(splits, held, strict=True):
+            assert (taken(split.train, crop.name, crop.shape_zyx) == ~mask).all()
+    assert [(split.folds, split.fold) for split in splits] == [(folds, k) for k in range(1, folds + 1)]
+
+
+@given(placed_crops(), st.integers(2, 4))
+def test_folds_never_leak_where_crops_overlap(crops: list[SplitCrop], folds: int) -> None:
+    for fold in range(1, folds + 1):
+        try:
+            split = derive_split(crops, 0, folds=folds, fold=fold)
+        except PlanError:
+            continue
+        assert not side(crops, split.train) & side(crops, split.validate)
+        assert count_leaks(split, crops) == Leaks(0, 0)
+
+
+def test_folds_go_by_volume_then_by_crop_then_by_slab() -> None:
+    crops = [SplitCrop(f"{v}/crop{i}", v, (8, 8, 60), {"mito": 9}, None) for i, v in enumerate("aabbc")]
+    assert [derive_split(crops, 0, folds=k).rule for k in (2, 3, 4, 5, 6)] == [
+        "volumes",
+        "volumes",
+        "crops",
+        "crops",
+        "box",
+    ]
+    (region, *_) = derive_split(crops[:1], 0, folds=6, fold=2).validate
+    assert region.box_zyx == ((0, 0, 10), (8, 8, 20))
+
+
+@pytest.mark.parametrize(("folds", "fold"), [(1, 1), (5, 0), (5, 6), (0, 1)])
+def test_a_fold_that_does_not_exist_is_refused(folds: int, fold: int) -> None:
+    with pytest.raises(PlanError, match=r"--folds: fold \d of \d: .*from 1"):
+        derive_split([SplitCrop("a/crop1", "a", (8, 8, 8), {}, None)], 0, folds=folds, fold=fold)
+
+
+def test_a_datasplit_wins_over_folds() -> None:
+    crops = [SplitCrop(f"a/crop{i}", "a", (4, 4, 4), {}, declared) for i, declared in enumerate(["train", "validate"])]
+    with pytest.raises(PlanError, match=r"datasplit\.csv fixes the split"):
+        derive_split(crops, 0, folds=2, fold=1)
+
+
+# ---- in the plan --------------------------------------------------------------------------------------------
+
+
+def reason_of(plan: Plan, field: str) -> str:
+    return next(reason.because for reason in plan.reasons if reason.field == field)
+
+
+@pytest.fixture
+def _cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
+    rules_network._cached_cost.cache_clear()
+    yield
+    rules_network._cached_cost.cache_clear()
+
+
+cheap = pytest.mark.usefixtures("_cheap")
+
+
+@cheap
+def test_the_plan_reports_no_leak_and_records_its_fold() -> None:
+    plan = make_plan("a", facts(crops=6, volumes=3), machine(), {})
+    assert "0 of them leak" in reason_of(plan, "split")
+    plan = make_plan("a", facts(crops=6, volumes=3), machine(), {"split.folds": 3, "split.fold": 2})
+    assert (plan.split.folds, plan.split.fold, plan.split.rule) == (3, 2, "volumes")
+    assert reason_of(plan, "split").startswith("fold 2 of 3: ")
+
+
+@cheap
+def test_a_leak_of_the_users_own_split_is_said() -> None:
+    regions = {f"split.{side}": (Region(crop="v0/crop1"),) for side in ("train", "validate")}
+    plan = make_plan("a", facts(), machine(), regions)
+    assert "1 of them leak (5,242,880 voxels that train too)" in reason_of(plan, "split")
+    assert plan.split.rule == "user"
+
+
+@cheap
+def test_setting_one_side_takes_it_from_the_other() -> None:
+    plan = make_plan("a", facts(), machine(), {"split.validate": (Region(crop="v0/crop3"),)})
+    assert names(plan.split.train) == ["v0/crop1", "v0/crop2"]
+    assert "0 of them leak" in reason_of(plan, "split")
+
+
+@cheap
+def test_sets_of_classes_can_be_asked_for_and_mean_what_is_there() -> None:
+    data = facts(classes=("nuc", "pm", "synapse"))
+    data = msgspec.structs.replace(data, class_sets={"mine": ("synapse", "pm", "gone")})
+    assert make_plan("a", data, machine(), {"classes.names": ["cellmap-5"]}).class_names == ("nuc", "pm")
+    plan = make_plan("a", data, machine(), {"classes.names": ["mine", "pm", "nuc"]})
+    assert plan.class_names == ("synapse", "pm", "nuc")
+    assert "not in this data: gone" in reason_of(plan, "classes")
+    with pytest.raises(PlanError, match="did you mean 'cellmap-48'"):
+        make_plan("a", data, machine(), {"classes.names": ["cellmap48"]})
+    with pytest.raises(PlanError, match="no class of this set"):
+        make_plan("a", facts(classes=("synapse",)), machine(), {"classes.names": ["cellmap-14"]})

@@ -7,7 +7,7 @@ A state row holds, for every class, absent (0), present (1) or unknown (2). What
     the composite absent      -> every part absent
     a class present           -> every class disjoint from it absent
 
-Annotation beats inference; a contradiction is counted. Cost depends on the number of rows, never on voxels.
+Annotation beats inference; a contradiction is counted and named. Cost depends on the number of rows, never on voxels.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.errors import DataError
-from autoseg.schema import ClassEntry, ClassTable, decode, load_as, nearest
+from autoseg.schema import ClassEntry, ClassTable, Contradiction, decode, load_as, nearest
 
 ABSENT, PRESENT, UNKNOWN = 0, 1, 2
 States = NDArray[np.uint8]
@@ -29,22 +30,33 @@ States = NDArray[np.uint8]
 
 @cache
 def cellmap_table() -> ClassTable:
-    """Return the 74 classes of the CellMap challenge; classes that share no atom exclude each other."""
+    """Return the 74 classes of the CellMap challenge, and sets of them; classes that share no atom exclude each other.
+
+    `cellmap-48` are the classes that the challenge scores.
+    """
     content = resources.files("autoseg.data").joinpath("cellmap_classes.json").read_bytes()
     table: ClassTable = decode(content, ClassTable, "cellmap_classes.json")
     return table
 
 
 def table_of(data_root: Path) -> ClassTable:
-    """Return the class table of a data set: its own `classes.json` over the challenge's."""
+    """Return the class table of a data set: its own `classes.json` over the challenge's; DataError if it is wrong."""
     own_path = data_root / "classes.json"
-    return merge(cellmap_table(), load_as(own_path, ClassTable)) if own_path.is_file() else cellmap_table()
+    if not own_path.is_file():
+        return cellmap_table()
+    table = merge(cellmap_table(), load_as(own_path, ClassTable))
+    names = {entry.name for entry in table.classes}
+    for set_name, members in table.sets.items():
+        if set_name in names:
+            raise DataError(own_path, f"{set_name} is a class and a set", "rename the set")
+        select(table, members)
+    return table
 
 
 def merge(base: ClassTable, own: ClassTable) -> ClassTable:
-    """Return `base` with the entries of `own` added or put in their place."""
+    """Return `base` with the classes and sets of `own` added or put in their place."""
     entries = {entry.name: entry for entry in base.classes} | {entry.name: entry for entry in own.classes}
-    return ClassTable(classes=tuple(entries.values()), disjoint=base.disjoint + own.disjoint)
+    return ClassTable(classes=tuple(entries.values()), disjoint=base.disjoint + own.disjoint, sets=base.sets | own.sets)
 
 
 def select(table: ClassTable, names: Iterable[str]) -> tuple[ClassEntry, ...]:
@@ -69,6 +81,7 @@ class Logic:
         self._part_of = np.zeros((num, num), dtype=bool)  # [part, composite]
         self._components = np.zeros((num, num), dtype=bool)
         self._disjoint = np.zeros((num, num), dtype=bool)
+        self._atoms = np.array([[name in atoms[entry.name] for name in self.names] for entry in table.classes])
         for i, a in enumerate(table.classes):
             for j, b in enumerate(table.classes):
                 self._part_of[i, j] = i != j and bool(b.components) and atoms[a.name] <= atoms[b.name]
@@ -120,6 +133,31 @@ class Logic:
             | (annotated_CK == UNKNOWN) & says_present & says_absent
         )
         return states, conflicts
+
+    def contradictions(self, annotated_CK: States, histogram_C: NDArray[np.int64]) -> tuple[Contradiction, ...]:
+        """Return which annotated class stands against which, most voxels first; `histogram_C` holds voxels by row.
+
+        Every row in which `complete` finds a contradiction is in at least one of them.
+        """
+        rows = self.complete(annotated_CK)[1].any(axis=1)
+        voxels = histogram_C[rows].astype(np.float64)[:, None]
+        present, absent = annotated_CK[rows] == PRESENT, annotated_CK[rows] == ABSENT
+        within = (self._part_of | np.eye(len(self.names), dtype=bool)).astype(np.float32)
+        exclude = within @ self._disjoint @ within.T > 0  # what excludes a whole excludes its parts
+        together, outside = (present * voxels).T @ present, (present * voxels).T @ absent
+        refuted = _any(present, exclude) | _any(absent, self._part_of.T)
+        gone = _any(absent, self._atoms) | _any(present, _any(exclude, self._atoms))
+        hollow = ((present & ~refuted & ~_any(~gone, self._atoms.T)) * voxels).sum(axis=0)
+        found: list[tuple[Literal["excludes", "contains", "parts"], int, int, float]] = [
+            *(("excludes", i, j, together[i, j]) for i, j in np.argwhere(np.triu(exclude) & (together > 0)).tolist()),
+            *(("contains", i, j, outside[i, j]) for i, j in np.argwhere(self._part_of & (outside > 0)).tolist()),
+            *(("parts", i, i, hollow[i]) for i in np.flatnonzero(hollow).tolist()),
+        ]
+        named = [
+            Contradiction(present=self.names[i], against=self.names[j], rule=rule, voxels=int(n))
+            for rule, i, j, n in found
+        ]
+        return tuple(sorted(named, key=lambda one: (-one.voxels, one.present, one.against)))
 
 
 def _atoms(components: Mapping[str, Sequence[str]]) -> dict[str, frozenset[str]]:

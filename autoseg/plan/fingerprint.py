@@ -1,4 +1,4 @@
-"""DATA -> fingerprint: what was annotated, how often and how thick each class is, how the EM looks.
+"""DATA -> fingerprint: what was annotated, how often and how thick each class is, how the EM looks, what looks wrong.
 
 Counts come from every voxel, read once; thickness and instances from boxes of the crops that show a class best.
 """
@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.data import store
-from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, States, select
+from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, States, cellmap_table, select
 from autoseg.data.codes import CropCodes, open_codes
 from autoseg.data.dataset import Crop, Dataset, open_dataset
 from autoseg.data.em import finest_stored, measure_intensity
+from autoseg.data.sanity import find
 from autoseg.data.shapes import measure_shape, pool_shape, sections_apart
+from autoseg.data.traits import measure
 from autoseg.errors import DataError
-from autoseg.schema import ClassCount, ClassShape, CropFacts, Fingerprint, VolumeFacts
+from autoseg.schema import ClassCount, ClassShape, Contradiction, CropFacts, Fingerprint, VolumeFacts
 
 Progress = Callable[[str, int, int], None]
 SHAPE_CROPS = 2
@@ -35,6 +37,7 @@ class _Opened(NamedTuple):
     codes: CropCodes
     states_CK: States
     conflicts_C: NDArray[np.bool_]
+    contradictions: tuple[Contradiction, ...]
 
 
 def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done, total: None) -> Fingerprint:
@@ -46,20 +49,25 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
     annotated = sorted({label.name for crop in dataset.crops for label in crop.labels})
     select(dataset.table, annotated)
     names = _knowable(logic, dataset, annotated)
-    crops, opened = [], []
+    crops, opened, traits = [], [], []
     for done, crop in enumerate(dataset.crops):
         progress("crops", done, len(dataset.crops))
         opened.append(_open(crop, logic, names, cache))
         crops.append(_crop_facts(opened[-1], names))
+        traits.append(measure(crop, opened[-1].codes))
     progress("crops", len(dataset.crops), len(dataset.crops))
-    volumes = {crop.volume: crop.em for crop in dataset.crops}
+    ems = {crop.volume: crop.em for crop in dataset.crops}
+    volumes = tuple(_volume_facts(name, em, dataset.root) for name, em in sorted(ems.items()))
+    own = {name: members for name, members in dataset.table.sets.items() if cellmap_table().sets.get(name) != members}
     return Fingerprint(
-        volumes=tuple(_volume_facts(name, em, dataset.root) for name, em in sorted(volumes.items())),
+        volumes=volumes,
         crops=tuple(crops),
         classes=select(dataset.table, names),
         disjoint=dataset.table.disjoint,
         left_out=dataset.left_out,
         shapes=_shapes(names, crops, opened, progress),
+        class_sets=own,
+        findings=tuple(find(crops, volumes, traits)),
     )
 
 
@@ -77,8 +85,10 @@ def _knowable(logic: Logic, dataset: Dataset, annotated: list[str]) -> list[str]
 
 def _open(crop: Crop, logic: Logic, names: list[str], cache: Path) -> _Opened:
     codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
-    states, conflicts = logic.complete(logic.rows(codes.states_CK, codes.names))
-    return _Opened(crop, codes, states[:, logic.columns(names)], np.asarray(conflicts.any(axis=1)))
+    rows = logic.rows(codes.states_CK, codes.names)
+    states, conflicts = logic.complete(rows)
+    said = logic.contradictions(rows, codes.histogram_C)
+    return _Opened(crop, codes, states[:, logic.columns(names)], np.asarray(conflicts.any(axis=1)), said)
 
 
 def _crop_facts(opened: _Opened, names: list[str]) -> CropFacts:
@@ -101,6 +111,7 @@ def _crop_facts(opened: _Opened, names: list[str]) -> CropFacts:
         annotated=tuple(label.name for label in crop.labels),
         counts=counts,
         conflicts=int(histogram[opened.conflicts_C].sum()),
+        contradictions=opened.contradictions,
     )
 
 
@@ -114,7 +125,7 @@ def _shapes(
         chosen = _best_crops(name, crops)
         samples = []
         for index in chosen:
-            crop, codes, states_CK, _ = opened[index]
+            crop, codes, states_CK, *_ = opened[index]
             source = next((label for label in crop.labels if label.name == name and label.instance), None)
             samples.append(measure_shape(codes, states_CK[:, k], source, crop.name))
         if samples:

@@ -12,6 +12,7 @@ import msgspec
 from autoseg.errors import PlanError
 from autoseg.plan import rules_data as data
 from autoseg.plan import rules_network as network
+from autoseg.plan import rules_split
 from autoseg.plan import rules_training as training
 from autoseg.plan.draft import Choice, Draft, numbers
 from autoseg.schema import (
@@ -21,7 +22,6 @@ from autoseg.schema import (
     Head,
     Loss,
     Plan,
-    Split,
     check_plan,
     explain,
     nearest,
@@ -46,30 +46,13 @@ _POSITIVE = (
 )
 
 
-def _split(draft: Draft) -> Choice:
-    """Return the split of the rule, with the sides that the user set in their place."""
-    choice = data.choose_split(draft)
-    changed = {n: draft.settings[f"split.{n}"] for n in Split.__struct_fields__ if f"split.{n}" in draft.settings}
-    if not changed:
-        return choice
-    names = [crop.name for crop in draft.fingerprint.crops]
-    for side in ("train", "validate"):
-        for region in changed.get(side, ()):
-            if region.crop not in names:
-                near = nearest(region.crop, names)
-                hint = f"did you mean {near}?" if near else f"it has {', '.join(names[:8])}"
-                raise PlanError(f"split.{side}", f"{region.crop} is not in this data", hint)
-    split = msgspec.structs.replace(choice.value, **({"rule": "user"} | changed))
-    return Choice(split, f"set by the user ({', '.join(changed)}), else: {choice.because}", "user")
-
-
 # In order: a rule sees only what stands above it. "dimensions" is not a field; others follow from it.
 RULES: tuple[tuple[str, Rule], ...] = (
     ("seed", data.choose_seed),
     ("device", network.choose_device),
     ("precision", network.choose_precision),
     ("classes", data.choose_classes),
-    ("split", _split),
+    ("split", rules_split.choose_split),
     ("em_voxel_size_nm", data.choose_em_voxel_size),
     ("voxel_size_nm", data.choose_voxel_size),
     ("dimensions", data.choose_dimensions),

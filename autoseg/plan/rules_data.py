@@ -1,4 +1,4 @@
-"""Rules that look at the data: classes, split, voxel size, dimensions, patch, sampling, normalization."""
+"""Rules that look at the data: classes, voxel size, dimensions, patch, sampling, normalization."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 
-from autoseg.data.split import derive_split, split_crops
+from autoseg.data.classes import cellmap_table
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX, coarser_voxel_size
 from autoseg.plan.draft import Choice, Draft
@@ -27,39 +27,46 @@ def choose_seed(_: Draft) -> Choice:
 
 
 def choose_classes(draft: Draft) -> Choice:
-    """Return the classes that training can learn: those with positive voxels, or those the user asked for."""
+    """Return the classes that training can learn: those with positive voxels, or those the user asked for.
+
+    A set of classes that was asked for means those of its members that can be learnt.
+    """
     known = {entry.name: entry for entry in draft.fingerprint.classes}
     positives = {name: _positive(draft, name) for name in known}
+    learnable = {name: known[name] for name, n in positives.items() if n >= MIN_POSITIVE_VOXELS}
     wanted = draft.settings.get("classes.names")
     if wanted:
-        for name in wanted:
-            if name not in known:
-                near = nearest(name, list(known))
-                hint = f"did you mean {near}?" if near else f"it has {', '.join(known)}"
-                raise PlanError(f"--classes {name}", "is not annotated in this data", hint)
-            if positives[name] == 0:
-                raise PlanError(f"--classes {name}", "has no positive voxel in this data", "leave it out")
-        return Choice(tuple(known[name] for name in wanted), "set by the user", "user")
-    learnable = tuple(entry for entry in known.values() if positives[entry.name] >= MIN_POSITIVE_VOXELS)
+        return _classes_asked(draft, wanted, positives, list(learnable))
     if not learnable:
         raise PlanError("classes", "no class has enough positive voxels", "check the labels (autoseg fingerprint)")
-    left = [name for name in known if positives[name] < MIN_POSITIVE_VOXELS]
+    left = [name for name in known if name not in learnable]
     because = f"{len(learnable)} classes have at least {MIN_POSITIVE_VOXELS} positive voxels"
-    return Choice(learnable, because + (f"; left out: {', '.join(left)}" if left else ""), "fingerprint")
+    choice = tuple(learnable.values())
+    return Choice(choice, because + (f"; left out: {', '.join(left)}" if left else ""), "fingerprint")
 
 
-def choose_split(draft: Draft) -> Choice:
-    """Return the split of data/split.py."""
-    crops = split_crops(draft.fingerprint, [entry.name for entry in draft["classes"]])
-    split = derive_split(crops, draft["seed"])
-    because = {
-        "datasplit": "datasplit.csv fixes it",
-        "volumes": f"whole volumes of {len({c.volume for c in crops})}, so that no EM is on both sides",
-        "crops": f"whole crops of {len(crops)}, all from few volumes",
-        "box": f"{len(crops)} crops of few volumes: a box of one validates, its other voxels train",
-        "user": "set by the user",
-    }[split.rule]
-    return Choice(split, f"{because}; {len(split.train)} regions train, {len(split.validate)} validate", "split rule")
+def _classes_asked(draft: Draft, wanted: list[str], positives: dict[str, int], learnable: list[str]) -> Choice:
+    known = {entry.name: entry for entry in draft.fingerprint.classes}
+    sets = cellmap_table().sets | draft.fingerprint.class_sets
+    chosen: list[str] = []
+    left: list[str] = []
+    for name in wanted:
+        if name in known:
+            if positives[name] == 0:
+                raise PlanError(f"--classes {name}", "has no positive voxel in this data", "leave it out")
+            chosen.append(name)
+        elif name in sets:
+            members = [member for member in sets[name] if member in learnable]
+            if not members:
+                raise PlanError(f"--classes {name}", "no class of this set can be learnt here", "name other classes")
+            chosen += members
+            left += [member for member in sets[name] if member not in learnable]
+        else:
+            near = nearest(name, [*known, *sets])
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(known)}; sets are {', '.join(sets)}"
+            raise PlanError(f"--classes {name}", "is not annotated in this data", hint)
+    missing = f"; of the set not in this data: {', '.join(dict.fromkeys(left))}" if left else ""
+    return Choice(tuple(known[name] for name in dict.fromkeys(chosen)), "set by the user" + missing, "user")
 
 
 def choose_em_voxel_size(draft: Draft) -> Choice:

@@ -87,4 +87,5 @@ def _split_for(plan: Plan, facts: Fingerprint, data: Path, warn: Warn) -> Split:
     if fits and {region.crop for region in regions} == set(shapes):
         return plan.split
     warn(f"the split of {plan.name} does not fit {data}; it was derived again and written to adaptations.jsonl")
-    return derive_split(split_crops(facts, plan.class_names), plan.seed)
+    crops = split_crops(facts, plan.class_names)
+    return derive_split(crops, plan.seed, folds=plan.split.folds, fold=plan.split.fold)

@@ -28,6 +28,7 @@ from autoseg.schema import (
 MISSING = "–"
 LINES_EVERY_S = 10.0
 RISING = 0.005
+NAMED_PAIRS = 4
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -134,6 +135,23 @@ def _shape_cells(shape: ClassShape | None) -> tuple[str, str]:
     plane = " in plane" if shape.in_plane else ""
     nm = f"{thick.p50:.0f} ({thick.p10:.0f}–{thick.p90:.0f}){plane}" if thick else "beyond the crops"
     return nm, f"{shape.num_instances:,} (+{shape.num_instances_cut:,} cut)"
+
+
+def warn(facts: Fingerprint, console: Console) -> None:
+    """Print what was left out, which annotations contradict each other, and what looks wrong."""
+    for item in facts.left_out:
+        console.print(f"warning: left out {item.name}: {item.why}")
+    for crop in facts.crops:
+        if crop.conflicts:
+            named = "; ".join(one.text for one in crop.contradictions[:NAMED_PAIRS])
+            more = len(crop.contradictions) - NAMED_PAIRS
+            console.print(
+                f"warning: {crop.name}: {crop.conflicts:,} voxels contradict the class table, annotation wins: {named}"
+                + (f"; and {more} more pairs of classes" if more > 0 else "")
+            )
+    for finding in facts.findings:
+        label = "warning" if finding.alarm else "note"
+        console.print(f"{label}: {finding.where}: {finding.what}: {finding.remedy}")
 
 
 def _known(count: ClassCount) -> int:

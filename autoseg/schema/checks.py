@@ -93,6 +93,9 @@ def _classes(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "loss", "no positive weight, or a negative one", "give at least one term a positive weight"
     if not plan.split.train:
         yield "split.train", "is empty", "train on at least one crop"
+    folds, fold = plan.split.folds, plan.split.fold
+    if (folds, fold) != (None, None) and (folds is None or fold is None or folds < 2 or not 1 <= fold <= folds):
+        yield "split.fold", f"{fold} of {folds} folds", "give at least 2 folds, and a fold from 1 to their number"
 
 
 def _run(plan: Plan) -> Iterator[tuple[str, str, str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from autoseg.geometry import Grid, NmZYX, VoxelsZYX
 from autoseg.schema.records import Artifact, Record
 
@@ -18,10 +20,11 @@ class ClassEntry(Record, frozen=True, kw_only=True):
 
 
 class ClassTable(Artifact, frozen=True, kw_only=True, tag="class_table"):
-    """Classes and which groups of them exclude each other in a voxel."""
+    """Classes, which groups of them exclude each other in a voxel, and named sets to ask for."""
 
     classes: tuple[ClassEntry, ...]
     disjoint: tuple[tuple[str, ...], ...] = ()
+    sets: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
 
 
 class Intensity(Record, frozen=True, kw_only=True):
@@ -57,8 +60,36 @@ class ClassCount(Record, frozen=True, kw_only=True):
     unknown: int
 
 
+class Contradiction(Record, frozen=True, kw_only=True):
+    """Voxels of a crop where `present` is annotated although another annotation says that it cannot be there.
+
+    `excludes`: `against` is present too; `contains`: `against` contains it and is absent; `parts`: no single class
+    refutes it, but no part of it is left (`against` is the class itself).
+    """
+
+    present: str
+    against: str
+    rule: Literal["excludes", "contains", "parts"]
+    voxels: int
+
+    @property
+    def text(self) -> str:
+        """The two sides and their voxels, in words."""
+        where = {
+            "excludes": f"{self.present} together with {self.against}"
+            if self.present != self.against
+            else f"{self.present}, part of classes that exclude each other",
+            "contains": f"{self.present} where {self.against} is absent",
+            "parts": f"{self.present} where all its parts are absent",
+        }[self.rule]
+        return f"{where} ({self.voxels:,})"
+
+
 class CropFacts(Record, frozen=True, kw_only=True):
-    """One annotated box, `dataset/cropN`, and what its annotation holds for each class."""
+    """One annotated box, `dataset/cropN`, and what its annotation holds for each class.
+
+    `conflicts` counts the voxels that contradict the class table; `contradictions` name the classes, most voxels first.
+    """
 
     name: str
     volume: str
@@ -69,6 +100,7 @@ class CropFacts(Record, frozen=True, kw_only=True):
     annotated: tuple[str, ...]
     counts: dict[str, ClassCount]
     conflicts: int = 0
+    contradictions: tuple[Contradiction, ...] = ()
 
     @property
     def grid(self) -> Grid:
@@ -110,8 +142,26 @@ class LeftOut(Record, frozen=True, kw_only=True):
     why: str
 
 
+class Finding(Record, frozen=True, kw_only=True):
+    """Something of a crop or volume that looks wrong, the numbers behind it, and what to do.
+
+    Only `empty` is no alarm: a class may be annotated and absent.
+    """
+
+    where: str
+    kind: Literal["empty", "swapped", "shifted", "constant", "few-values", "saturated", "inverted"]
+    what: str
+    numbers: dict[str, float]
+    remedy: str
+
+    @property
+    def alarm(self) -> bool:
+        """Whether this is more than information."""
+        return self.kind != "empty"
+
+
 class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
-    """What a planner may know of a data set."""
+    """What a planner may know of a data set; `class_sets` are the sets of its own classes.json."""
 
     volumes: tuple[VolumeFacts, ...]
     crops: tuple[CropFacts, ...]
@@ -119,6 +169,8 @@ class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
     disjoint: tuple[tuple[str, ...], ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     shapes: tuple[ClassShape, ...] = ()
+    class_sets: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
 
 class Gpu(Record, frozen=True, kw_only=True):

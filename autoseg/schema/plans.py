@@ -28,12 +28,20 @@ class Region(Record, frozen=True, kw_only=True):
         return Box(*self.box_zyx) if self.box_zyx else Box.whole(shape_zyx)
 
 
+SplitRule = Literal["datasplit", "volumes", "crops", "box", "user"]
+
+
 class Split(Record, frozen=True, kw_only=True):
-    """Regions to learn from and regions to choose checkpoints by; a voxel is never in both."""
+    """Regions to learn from and regions to choose checkpoints by; a voxel is never in both.
+
+    With cross-validation this is fold number `fold` (from 1) of `folds`: together they validate every voxel once.
+    """
 
     train: tuple[Region, ...]
     validate: tuple[Region, ...]
-    rule: Literal["datasplit", "volumes", "crops", "box", "user"]
+    rule: SplitRule
+    folds: int | None = None
+    fold: int | None = None
 
 
 class Network(Record, frozen=True, kw_only=True):
