@@ -31,7 +31,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── data/              WHAT THERE IS
     │                      dataset.py (the layout) · classes.py (three-valued logic)
     │                      codes.py (label codes, their cache) · coding.py (how they are made)
-    │                      shapes.py (thickness, instances) · em.py · resample.py · split.py islands.py (where crops lie)
+    │                      shapes.py (thickness, instances) · em.py · resample.py · split.py islands.py
     │                      convert.py, writer.py (import) · synthetic.py
     │                      sanity.py (what looks wrong), traits.py (what of it is measured)
     │                      store/ (the only door to zarr): engine.py metadata.py reading.py pyramid.py
