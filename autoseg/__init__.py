@@ -29,14 +29,15 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      overlap.py (numpy in, counts out; no torch)
     ├── data/              WHAT THERE IS
     │                      dataset.py (the layout) · classes.py (three-valued logic) · codes.py (label codes)
-    │                      em.py · resample.py · split.py · convert.py, writer.py (import) · synthetic.py
-    │                      store/ (the only door to zarr): engine.py metadata.py reading.py pyramid.py
+    │                      em.py · integrity.py · resample.py · split.py · convert.py, writer.py (import) · synthetic.py
+    │                      store/ (the only door to zarr): engine.py layout.py codecs.py sidecar.py
+    │                      reading.py metadata.py pyramid.py
     │                      formats/ (the only door to TIFF, HDF5, ...): volume.py readers.py writers.py pairing.py
     │
     ├── schema/            every artifact as a frozen record
     │                      records.py · facts.py · plans.py · results.py · files.py · checks.py · events.py
     ├── geometry.py        boxes, grids, tiles; lengths in nm
-    └── errors.py          DataError, PlanError, CheckpointError
+    └── errors.py          DataError, DamageError, PlanError, CheckpointError
 """
 
 __version__ = "0.1.0"

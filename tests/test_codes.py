@@ -106,6 +106,8 @@ def test_many_combinations_take_two_bytes(tmp_path: Path) -> None:
     truth = np.random.default_rng(0).integers(0, 2, (10, *shape)).astype(np.uint8)
     for k, values in enumerate(truth):
         write_label(crop_path(root, "a", "crop1"), f"c{k}", values, grid)
+    own = ClassTable(classes=tuple(ClassEntry(name=f"c{k}") for k in range(10)))
+    (root / "classes.json").write_bytes(encode(own))
     codes = open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache")
     assert codes.codes_ZYX.dtype == np.uint16
     found = decoded(codes)

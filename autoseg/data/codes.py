@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, States
 from autoseg.data.dataset import Crop, LabelArray
 from autoseg.data.resample import resample
-from autoseg.data.store import ArrayReader, ChunkCache
+from autoseg.data.store import ArrayReader, ChunkCache, checksums_in
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX, blocks
 
@@ -124,7 +124,8 @@ def _build_into(crop: Crop, grid: Grid, folder: Path) -> None:
 
 def _build(crop: Crop, grid: Grid, folder: Path) -> list[list[int]]:
     """Write codes.npy and counts.npy; return the state row of each code. Memory is bounded by one block."""
-    readers = [ArrayReader(label.path, ChunkCache(64 * 2**20)) for label in crop.labels]
+    checksums = checksums_in(folder.parents[1])
+    readers = [ArrayReader(label.path, ChunkCache(64 * 2**20, checksums)) for label in crop.labels]
     codes = np.lib.format.open_memmap(folder / "wide.npy", mode="w+", dtype=np.uint16, shape=grid.shape_zyx)
     rows: dict[bytes, int] = {}
     counts: dict[VoxelsZYX, NDArray[np.int64]] = {}

@@ -23,7 +23,7 @@ from autoseg.data.classes import PRESENT, UNKNOWN, Logic, States
 from autoseg.data.codes import CropCodes, index_blocks, open_codes
 from autoseg.data.dataset import Dataset
 from autoseg.data.em import EmReader, read_input
-from autoseg.data.store import ChunkCache
+from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.errors import PlanError
 from autoseg.geometry import Box, VoxelsZYX
 from autoseg.schema import Plan, Region
@@ -58,7 +58,7 @@ class PatchSampler:
         logic = Logic(data.table)
         columns = logic.columns(plan.class_names)
         rows: dict[bytes, int] = {bytes([UNKNOWN] * len(columns)): 0}
-        chunk_cache = ChunkCache(cache_bytes)
+        chunk_cache = ChunkCache(cache_bytes, checksums_in(cache))
         readers: dict[Path, EmReader] = {}
         self._sources: list[_Source] = []
         present, known = [], []
