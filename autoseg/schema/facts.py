@@ -58,7 +58,10 @@ class ClassCount(Record, frozen=True, kw_only=True):
 
 
 class CropFacts(Record, frozen=True, kw_only=True):
-    """One annotated box, `dataset/cropN`, and what its annotation holds for each class."""
+    """One annotated box, `dataset/cropN`, and what its annotation holds for each class.
+
+    `stored_sha256` is the digest of the stored bytes under it, EM and labels, and of what their metadata say.
+    """
 
     name: str
     volume: str
@@ -69,6 +72,7 @@ class CropFacts(Record, frozen=True, kw_only=True):
     annotated: tuple[str, ...]
     counts: dict[str, ClassCount]
     conflicts: int = 0
+    stored_sha256: str | None = None
 
     @property
     def grid(self) -> Grid:
@@ -110,6 +114,27 @@ class LeftOut(Record, frozen=True, kw_only=True):
     why: str
 
 
+Missing = Literal["outside", "not-fetched", "miscounted"]
+
+
+class Finding(Record, frozen=True, kw_only=True):
+    """Something of a crop or volume that looks wrong, the numbers behind it, and what to do.
+
+    Only `empty` is no alarm: a class may be annotated and absent.
+    """
+
+    where: str
+    kind: Literal["empty", "swapped", "shifted", "constant", "few-values", "saturated", "inverted"] | Missing
+    what: str
+    numbers: dict[str, float]
+    remedy: str
+
+    @property
+    def alarm(self) -> bool:
+        """Whether this is more than information."""
+        return self.kind != "empty"
+
+
 class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
     """What a planner may know of a data set."""
 
@@ -119,6 +144,7 @@ class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
     disjoint: tuple[tuple[str, ...], ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     shapes: tuple[ClassShape, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 class Gpu(Record, frozen=True, kw_only=True):
