@@ -31,10 +31,11 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── data/              WHAT THERE IS
     │                      dataset.py (the layout) · classes.py (three-valued logic)
     │                      codes.py (label codes, their cache) · coding.py (how they are made)
-    │                      shapes.py (thickness, instances) · em.py · resample.py · split.py islands.py
+    │                      shapes.py (thickness, instances) · em.py integrity.py · resample.py · split.py islands.py
     │                      convert.py, writer.py (import) · synthetic.py
     │                      sanity.py (what looks wrong), traits.py (what of it is measured)
-    │                      store/ (the only door to zarr): engine.py metadata.py reading.py pyramid.py
+    │                      store/ (the only door to zarr): engine.py layout.py codecs.py sidecar.py
+    │                      reading.py metadata.py pyramid.py
     │                      formats/ (the only door to TIFF, HDF5, ...): volume.py readers.py writers.py pairing.py
     │
     ├── schema/            every artifact as a frozen record

@@ -20,6 +20,7 @@ from autoseg.arguments import to_cells, to_instances, to_interval, to_number, to
 from autoseg.data.codes import default_cache
 from autoseg.data.convert import import_volumes
 from autoseg.data.dataset import open_dataset
+from autoseg.data.store import checksums_in
 from autoseg.data.writer import ImportRequest
 from autoseg.errors import DataError, PlanError
 from autoseg.plan import fingerprint, make_plan, parse_settings, probe_hardware
@@ -172,7 +173,14 @@ def run_predict(options: argparse.Namespace) -> int:
         console.print(f"EM of {' x '.join(f'{v:g}' for v in size)} nm{same}")
     zarr = options.out.with_name(f".{options.out.name}.zarr") if to_file else options.out
     with _progress(console) as progress:
-        predict_regions(trained, regions, zarr, probabilities=options.probabilities, progress=progress)
+        predict_regions(
+            trained,
+            regions,
+            zarr,
+            probabilities=options.probabilities,
+            checksums=checksums_in(cache),
+            progress=progress,
+        )
     if to_file:
         export_labels(zarr, regions[0].grid, trained.plan, options.out, probabilities=options.probabilities)
         shutil.rmtree(zarr, ignore_errors=True)

@@ -19,6 +19,10 @@ class DataError(AutosegError):
     """A volume, a crop, a label or a file that cannot be used as it is."""
 
 
+class DamageError(AutosegError):
+    """Stored bytes that are not what they were when the data was fingerprinted."""
+
+
 class PlanError(AutosegError):
     """A plan, a setting or an artifact that contradicts itself or the data."""
 

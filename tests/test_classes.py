@@ -399,9 +399,15 @@ def test_a_class_that_is_not_in_the_table_is_named_with_the_nearest() -> None:
     with pytest.raises(DataError, match="did you mean 'chrom'"):
         logic.columns(["chrm"])
     with pytest.raises(DataError, match="xyz: is not a class"):
-        logic.rows(np.zeros((1, 1), np.uint8), ["xyz"])
+        logic.columns(["xyz"])
     with pytest.raises(DataError, match="did you mean 'mito_mem'"):
         select(cellmap_table(), ["mito_me"])
+
+
+def test_an_annotation_that_is_not_in_the_table_says_nothing() -> None:
+    logic = Logic(CELL)
+    states = np.array([[0, 1], [1, 0]], np.uint8)
+    assert np.array_equal(logic.rows(states, ["xyz", "chrom"]), logic.rows(states[:, 1:], ["chrom"]))
 
 
 # ---- the challenge's table ----------------------------------------------------------------------------------

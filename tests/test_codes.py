@@ -62,6 +62,10 @@ def write_crop(
     return found, {name: values.astype(np.uint8) for name, values in states.items()}
 
 
+def write_classes(root: Path, names: list[str]) -> None:
+    (root / "classes.json").write_bytes(encode(ClassTable(classes=tuple(ClassEntry(name=name) for name in names))))
+
+
 def decoded(codes: CropCodes) -> States:
     """Return the state of each class by looking every voxel's code up."""
     return {name: codes.states_CK[:, k][codes.codes_ZYX] for k, name in enumerate(codes.names)}
@@ -109,6 +113,7 @@ def test_many_classes_in_one_block(tmp_path: Path, num: int) -> None:
     truth = np.random.default_rng(num).integers(0, 3, (num, *shape)).astype(np.uint8)
     for k, values in enumerate(truth):
         write_label(crop_path(root, "a", "crop1"), f"c{k:02}", values, grid, unknown=2)
+    write_classes(root, [f"c{k:02}" for k in range(num)])
     codes = open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache")
     assert codes.codes_ZYX.dtype == np.uint16
     found = decoded(codes)
@@ -125,6 +130,7 @@ def test_two_bytes_where_the_first_blocks_took_one(tmp_path: Path) -> None:
     truth[1:, :6] = 0
     for k, values in enumerate(truth):
         write_label(crop_path(root, "a", "crop1"), f"c{k}", values, grid, chunk_zyx=(2, 32, 64))
+    write_classes(root, [f"c{k}" for k in range(10)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coding, "LEAST_BLOCK", (1, 1, 1))
         codes = open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache")
@@ -148,7 +154,6 @@ def test_index_blocks_are_computed_from_their_place(shape: VoxelsZYX) -> None:
     assert list(parts) == expected
     assert len(parts) == len(expected)
     assert parts[-1] == expected[-1]
-    assert parts[1:3] == expected[1:3]
     with pytest.raises(IndexError):
         parts[len(expected)]
 

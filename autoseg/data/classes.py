@@ -94,9 +94,13 @@ class Logic:
                 self._disjoint[i, [j for j in members if j != i]] = True
 
     def rows(self, states_CK: States, names: Sequence[str]) -> States:
-        """Spread states of the annotated classes `names` over all classes of the table, the others unknown."""
+        """Spread states of the annotated classes `names` over all classes of the table, the others unknown.
+
+        A name that is not in the table says nothing; `open_dataset` reports it as left out.
+        """
         rows = np.full((states_CK.shape[0], len(self.names)), UNKNOWN, dtype=np.uint8)
-        rows[:, self.columns(names)] = states_CK
+        known = [name in self._index for name in names]
+        rows[:, self.columns([name for name in names if name in self._index])] = states_CK[:, known]
         return rows
 
     def columns(self, names: Sequence[str]) -> list[int]:

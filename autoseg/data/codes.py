@@ -24,7 +24,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from autoseg.data.classes import States
 from autoseg.data.coding import INDEX_BLOCK, CodeWriter, Fine, encode_codes, encode_labels
 from autoseg.data.dataset import Crop
+from autoseg.data.store import checksums_in
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
 from autoseg.schema import write_atomically
@@ -102,7 +103,7 @@ def open_codes(crop: Crop, voxel_size_nm: NmZYX, cache: Path) -> CropCodes:
     folder = cache / "codes" / _entry_name(key, grid)
 
     def from_labels(writer: CodeWriter) -> None:
-        encode_labels(crop, writer)
+        encode_labels(crop, writer, checksums_in(cache))
 
     def from_codes(writer: CodeWriter) -> None:
         fine = _opened(crop, crop.grid, native, from_labels)
@@ -146,7 +147,7 @@ def _header(path: Path) -> _Stored:
     return _Stored(path, array.dtype, array.shape, array.offset)
 
 
-class IndexBlocks(Sequence[Box]):
+class IndexBlocks:
     """The index blocks of a code volume in raster order, each computed when asked for."""
 
     def __init__(self, shape_zyx: VoxelsZYX) -> None:
@@ -156,9 +157,10 @@ class IndexBlocks(Sequence[Box]):
     def __len__(self) -> int:
         return math.prod(self._counts)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __iter__(self) -> Iterator[Box]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Box:
         place = range(len(self))[index]
         _, ny, nx = self._counts
         start = [i * b for i, b in zip((place // (ny * nx), place // nx % ny, place % nx), INDEX_BLOCK, strict=True)]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, States
 from autoseg.data.dataset import Crop, LabelArray
 from autoseg.data.resample import block_sums, mean_of_sums, whole_factors
-from autoseg.data.store import ArrayReader, ChunkCache
+from autoseg.data.store import ArrayReader, Checksums, ChunkCache
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, VoxelsZYX, blocks
 
@@ -44,7 +44,10 @@ class _Flags:
         self._columns: list[tuple[tuple[int, ...], int]] = []
 
     def add(self, classes: tuple[int, ...], present: NDArray[np.bool_], unknown: NDArray[np.bool_] | None) -> None:
-        """Add the states of classes that are alike in this block; where unknown, present must be False."""
+        """Add the states of classes that are alike in this block; where unknown, present must be False.
+
+        The arrays become its own.
+        """
         if unknown is not None and unknown.any():
             if unknown.all():
                 self.constant[list(classes)] = UNKNOWN
@@ -59,7 +62,7 @@ class _Flags:
         place = len(self._columns) % 8
         self._columns.append((classes, state))
         if place == 0:
-            self._planes.append(flags.view(np.uint8).copy())
+            self._planes.append(flags.view(np.uint8))
         else:
             self._planes[-1] |= np.left_shift(flags.view(np.uint8), place)
 
@@ -84,6 +87,10 @@ class _Flags:
 def _histogram(values: NDArray[Any], length: int) -> NDArray[np.int64]:
     """Return how often each value occurs; `bincount` alone would widen all of them at once."""
     flat, total = values.ravel(), np.zeros(length, dtype=np.int64)
+    if flat.itemsize == 1 and flat.size % 2 == 0 and flat.size >= 2**16:  # two at once
+        pairs = _histogram(flat.view(np.uint16), 2**16).reshape(256, 256)
+        both: NDArray[np.int64] = pairs.sum(axis=0) + pairs.sum(axis=1)
+        return both[:length]
     for start in range(0, flat.size, SLICE):
         total += np.bincount(flat[start : start + SLICE], minlength=length)
     return total
@@ -170,9 +177,9 @@ class CodeWriter:
 # ---- from label arrays --------------------------------------------------------------------------------------
 
 
-def encode_labels(crop: Crop, writer: CodeWriter) -> None:
+def encode_labels(crop: Crop, writer: CodeWriter, checksums: Checksums) -> None:
     """Write the codes of a crop at its own voxel size; each chunk of each label array is decoded once."""
-    readers = [ArrayReader(label.path, ChunkCache(0)) for label in crop.labels]
+    readers = [ArrayReader(label.path, ChunkCache(0, checksums)) for label in crop.labels]
     stored = [reader.stored_chunks for reader in readers]
     for box in blocks(crop.grid.shape_zyx, _block_shape([r.chunk_zyx for r in readers], crop.grid.shape_zyx)):
         flags = _Flags(box.shape_zyx, len(readers))

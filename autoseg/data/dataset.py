@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from autoseg.data import store
 from autoseg.data.classes import table_of
 from autoseg.errors import AutosegError, DataError
 from autoseg.geometry import Box, Grid
-from autoseg.schema import ClassTable, LeftOut
+from autoseg.schema import ClassTable, LeftOut, nearest
 
 RECON = "recon-1"
 GROUNDTRUTH = f"{RECON}/labels/groundtruth"
@@ -58,19 +58,26 @@ class Crop(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """All usable crops, every one that is not with its reason, the class table, and the EM volumes."""
+    """All usable crops, every one that is not with its reason, the class table, and the EM volumes.
+
+    `foreign`: class folders whose name is in no table, each name once; the crops they lie in are used without them.
+    """
 
     root: Path
     crops: tuple[Crop, ...]
     left_out: tuple[LeftOut, ...]
     table: ClassTable
     volumes: dict[str, Path]
+    foreign: tuple[LeftOut, ...] = ()
 
     def crop(self, name: str) -> Crop:
         """Return the crop of that name, `dataset/cropN`."""
         for crop in self.crops:
             if crop.name == name:
                 return crop
+        for item in self.left_out:
+            if item.name == name:
+                raise DataError(name, f"was left out: {item.why}", "repair it, or plan without it")
         raise DataError(self.root, f"has no crop {name}", f"it has {', '.join(c.name for c in self.crops[:8])}")
 
 
@@ -92,16 +99,51 @@ def open_dataset(data: Path) -> Dataset:
             "holds no crops",
             f"expected {{dataset}}/{{dataset}}.zarr/{GROUNDTRUTH}/crop*/; make it with `autoseg import`",
         )
-    crops, left_out = [], []
+    _refuse_twins(rows)
+    table = table_of(root)
+    crops, left_out, foreign = _open_crops(rows, table, root)
+    refuse_too_many(data, len(rows), left_out)
+    return Dataset(root, crops, left_out, table, volumes, foreign)
+
+
+def refuse_too_many(data: Path, num_crops: int, left_out: Sequence[LeftOut]) -> None:
+    """Raise DataError if more than a fifth of all crops is left out: that is no accident of one file."""
+    if len(left_out) > MAX_LEFT_OUT_SHARE * num_crops:
+        first = "; ".join(item.why for item in left_out[:3])
+        raise DataError(data, f"{len(left_out)} of {num_crops} crops cannot be used, first: {first}", "repair them")
+
+
+def _open_crops(
+    rows: Sequence[_Row], table: ClassTable, root: Path
+) -> tuple[tuple[Crop, ...], tuple[LeftOut, ...], tuple[LeftOut, ...]]:
+    """Return (crops, crops that are left out, class folders that are).
+
+    A damaged class folder takes its crop along, until it is repaired. One whose name is in no table is left out alone:
+    nothing can be learnt or inferred from it, and the other classes are as good without it. Its labels stay part of
+    the crop, so that naming it in a table later changes no code volume.
+    """
+    crops, left_out, foreign = [], [], dict[str, list[str]]()
+    known = frozenset(entry.name for entry in table.classes)
+    volumes = _Volumes({})
     for row in rows:
         try:
-            crops.append(_open_crop(row))
+            crop, unknown = _open_crop(row, known, volumes)
+            crops.append(crop)
         except AutosegError as error:
             left_out.append(LeftOut(name=row.name, why=str(error).replace(f"{root}{os.sep}", "")))
-    if len(left_out) > MAX_LEFT_OUT_SHARE * len(rows):
-        first = "; ".join(item.why for item in left_out[:3])
-        raise DataError(data, f"{len(left_out)} of {len(rows)} crops cannot be used, first: {first}", "repair them")
-    return Dataset(root, tuple(crops), tuple(left_out), table_of(root), volumes)
+            continue
+        for name in unknown:
+            foreign.setdefault(name, []).append(row.name)
+    folders = [
+        LeftOut(name=f"{where[0]}/{name}", why=_foreign(name, where, known)) for name, where in sorted(foreign.items())
+    ]
+    return tuple(crops), tuple(left_out), tuple(folders)
+
+
+def _foreign(name: str, crops: Sequence[str], known: Iterable[str]) -> str:
+    near = nearest(name, sorted(known))
+    where = f"{crops[0]}/{name}" + (f" and in {len(crops) - 1} more crops" if len(crops) > 1 else "")
+    return f"{where}: is not a class of the table: " + (f"did you mean {near}?" if near else "add it to classes.json")
 
 
 class _Row(NamedTuple):
@@ -110,6 +152,34 @@ class _Row(NamedTuple):
     em: Path | None
     group: Path
     classes: tuple[str, ...] | None
+
+
+class _Volumes(NamedTuple):
+    """The EM volumes opened so far: of one, many crops are cut."""
+
+    opened: dict[Path, tuple[Grid, tuple[tuple[Grid, store.ArrayReader], ...]]]
+
+    def levels(self, em: Path) -> tuple[Grid, tuple[tuple[Grid, store.ArrayReader], ...]]:
+        """Return (finest grid, all levels) of an EM volume."""
+        if em not in self.opened:
+            levels = store.open_multiscale(em).levels
+            readers = tuple((level.grid, store.ArrayReader(level.path, store.ChunkCache(0))) for level in levels)
+            self.opened[em] = (levels[0].grid, readers)
+        return self.opened[em]
+
+
+def _refuse_twins(rows: Sequence[_Row]) -> None:
+    """Raise DataError where one crop is met under two names, or two crops under one number of a volume."""
+    folders: dict[str, _Row] = {}
+    numbers: dict[tuple[str, str], _Row] = {}
+    for row in rows:
+        volume, folder = row.name.rsplit("/", 1)
+        number = re.sub(r"^crop0*(?=\d)", "crop", folder)
+        twin = numbers.setdefault((volume, number), row)
+        twin = folders.setdefault(os.path.realpath(row.group), row) if twin is row else twin
+        if twin is not row:
+            side = " on both sides of the split" if twin.split != row.split else ""
+            raise DataError(row.group, f"is the same crop as {twin.group}{side}", "keep one of them")
 
 
 def _scan(root: Path) -> Iterator[_Row]:
@@ -172,28 +242,50 @@ def _datasplit_row(path: Path, number: int, cells: list[str]) -> _Row:
     return _Row(f"{dataset}/{group.name}", side, path.parent / em, group, classes)
 
 
-def _open_crop(row: _Row) -> Crop:
+def _open_crop(row: _Row, known: frozenset[str], volumes: _Volumes) -> tuple[Crop, list[str]]:
+    """Return the crop and the names of its class folders that are in no table."""
     if row.em is None:
         raise DataError(row.name, f"its zarr has no EM under {RECON}/em", "add the EM, or remove the crop")
     if not row.group.is_dir():
         raise DataError(row.group, "does not exist", "correct the datasplit, or restore the crop")
-    em_grid = store.open_multiscale(row.em).levels[0].grid
-    names = sorted(p.name for p in row.group.iterdir() if p.is_dir() and p.name != "all")
+    em_grid, levels = volumes.levels(row.em)
+    with os.scandir(row.group) as entries:
+        names = sorted(e.name for e in entries if e.name != "all" and not e.name.startswith(".") and e.is_dir())
     if row.classes is not None:
         names = [name for name in names if name in row.classes]
+    unknown = [name for name in names if name not in known]
     labels, grids = [], []
     for name in names:
-        multiscale = store.open_multiscale(row.group / name)
-        labels.append(_label_array(name, multiscale))
-        grids.append(multiscale.levels[0].grid)
-    if not labels:
-        raise DataError(row.group, "annotates no class", "restore its class folders, or remove the crop")
-    for name, grid in zip(names, grids, strict=True):
+        label, grid = _open_label(row.group / name)
+        labels.append(label)
+        grids.append(grid)
         if grid.aligned_with(grids[0]) != (0, 0, 0) or grid.shape_zyx != grids[0].shape_zyx:
             raise DataError(row.group / name, f"lies on another grid than {names[0]}", "store all classes on one grid")
-    if em_grid.covering(grids[0]).clip(Box.whole(em_grid.shape_zyx)).num_voxels == 0:
+    if len(unknown) == len(names):
+        why = f" ({_foreign(unknown[0], [row.name], known)})" if unknown else ""
+        raise DataError(row.group, f"annotates no class{why}", "restore its class folders, or remove the crop")
+    grid = grids[0]
+    if em_grid.covering(grid).clip(Box.whole(em_grid.shape_zyx)).num_voxels == 0:
         raise DataError(row.group, f"lies outside its EM {row.em}", "correct the translations in .zattrs")
-    return Crop(row.name, row.em, grids[0], tuple(labels), row.split)
+    if not any(array.coverage(level_grid.covering(grid)) > 0 for level_grid, array in levels):
+        raise DataError(row.group, f"of its EM {row.em} nothing was fetched", "fetch the EM under it")
+    return Crop(row.name, row.em, grid, tuple(labels), row.split), unknown
+
+
+def _open_label(path: Path) -> tuple[LabelArray, Grid]:
+    multiscale = store.open_multiscale(path, finest_only=True)
+    finest = multiscale.levels[0]
+    if finest.fill_value != 0:
+        what = f"fill_value {finest.fill_value}: chunks that are not stored would read as that"
+        raise DataError(finest.path, what, "store labels with fill_value 0")
+    return _label_array(path.name, multiscale), finest.grid
+
+
+def complement_counts(label: LabelArray) -> dict[str, int]:
+    """Return how many voxels the annotation says are absent or unknown, by those names; {} if it does not say."""
+    annotation = _mapping(_mapping(store.read_attributes(label.path).get("cellmap")).get("annotation"))
+    counts = _mapping(annotation.get("complement_counts"))
+    return {key: n for key, n in counts.items() if key in ("absent", "unknown") and type(n) is int}
 
 
 def _label_array(name: str, multiscale: store.Multiscale) -> LabelArray:
@@ -204,14 +296,13 @@ def _label_array(name: str, multiscale: store.Multiscale) -> LabelArray:
     encoding = _mapping(kind.get("encoding"))
     instance = kind.get("type") == "instance_segmentation"
     unknown = encoding.get("unknown")
-    if instance and unknown is not None:
-        array_annotation = _mapping(_mapping(store.read_attributes(finest.path).get("cellmap")).get("annotation"))
-        counted = _mapping(array_annotation.get("complement_counts")).get("unknown", 0)
-        unknown = unknown if isinstance(counted, int) and counted > 0 else None
     absent = encoding.get("absent", 0)
-    if not isinstance(absent, int) or not isinstance(unknown, int | None):
+    if type(absent) is not int or not (unknown is None or type(unknown) is int):
         raise DataError(multiscale.path, f"annotation encoding {encoding}", "values of absent and unknown are integers")
-    return LabelArray(name, finest.path, instance, absent, unknown)
+    label = LabelArray(name, finest.path, instance, absent, unknown)
+    if instance and unknown is not None and complement_counts(label).get("unknown", 0) <= 0:
+        return label._replace(unknown=None)
+    return label
 
 
 def _mapping(value: object) -> dict[str, object]:

@@ -5,6 +5,8 @@ Grey values become network input by one rule, fixed per dtype or per volume, nev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +22,7 @@ from autoseg.schema import Intensity
 NormalizationKind = Literal["dtype", "volume"]
 SAMPLED_CHUNKS = 64
 PADDING_SHARE = 0.02
+MIN_SHARE_OF_BEST = 0.5
 
 
 class Normalizer(NamedTuple):
@@ -85,7 +88,25 @@ def make_normalizer(kind: NormalizationKind, array: store.ArrayReader) -> Normal
 def finest_stored(multiscale: store.Multiscale, cache: store.ChunkCache) -> store.ArrayReader:
     """Return the finest level of which anything was fetched; the finest of all if nothing was."""
     arrays = [store.ArrayReader(level.path, cache) for level in multiscale.levels]
-    return next((array for array in arrays if array.stored_chunks.any()), arrays[0])
+    return next((array for array in arrays if array.any_stored), arrays[0])
+
+
+def stored_level(
+    levels: Sequence[tuple[Grid, store.ArrayReader]], core: Grid
+) -> tuple[tuple[Grid, store.ArrayReader], float]:
+    """Return (the first of `levels` that is stored under `core`, which share of it is stored there).
+
+    `levels` begin with the one that suits best. One of which less than half is stored of what another level holds
+    there is passed over: fetching leaves out levels, crop by crop.
+    """
+    shares: list[float] = []
+    for grid, array in levels:
+        shares.append(array.coverage(grid.covering(core)))
+        if shares[-1] == 1:
+            break
+    best = max(shares)
+    chosen = next(i for i, share in enumerate(shares) if share >= best * MIN_SHARE_OF_BEST)
+    return levels[chosen], shares[chosen]
 
 
 class EmReader:
@@ -93,29 +114,37 @@ class EmReader:
 
     def __init__(self, em: Path, voxel_size_nm: NmZYX, kind: NormalizationKind, cache: store.ChunkCache) -> None:
         self.multiscale = store.open_multiscale(em)
-        level = self.multiscale.level_for(voxel_size_nm)
-        self._level_grid = level.grid
-        self._array = store.ArrayReader(level.path, cache)
+        self._levels = [
+            (level.grid, store.ArrayReader(level.path, cache)) for level in self.multiscale.levels_for(voxel_size_nm)
+        ]
+        self._level_grid, self._array = self._levels[0]
         self._normalize = make_normalizer(kind, finest_stored(self.multiscale, cache))
-        self.complete = bool(self._array.stored_chunks.all())
+
+    @cached_property
+    def complete(self) -> bool:
+        """Return whether all of the level that suits is stored."""
+        return bool(self._array.stored_chunks.all())
 
     @property
     def grid(self) -> Grid:
         """Return where the finest level lies."""
         return self.multiscale.levels[0].grid
 
-    def read(self, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-        """Return (network input, which voxels are valid or None for all) on `grid`, both z, y, x."""
-        offset = grid.aligned_with(self._level_grid)
-        box = Box.whole(grid.shape_zyx).shift(offset) if offset else self._level_grid.covering(grid).grow((1, 1, 1))
-        grey = self._normalize(self._array.read(box))
-        inside = box.clip(Box.whole(self._level_grid.shape_zyx)) == box
-        valid = None if inside and self.complete else self._array.stored_mask(box)
+    def read(self, grid: Grid, core: Grid | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """Return (network input, which voxels are valid or None for all) on `grid`, both z, y, x.
+
+        The level is chosen by what is stored under `core`, the part of `grid` that matters; all of it if None.
+        """
+        (level_grid, array), _ = stored_level(self._levels, core or grid)
+        offset = grid.aligned_with(level_grid)
+        box = Box.whole(grid.shape_zyx).shift(offset) if offset else level_grid.covering(grid).grow((1, 1, 1))
+        grey = self._normalize(array.read(box))
+        valid = None if array.coverage(box) == 1 else array.stored_mask(box)
         if valid is not None:
             grey[~valid] = 0
         if offset is not None:
             return grey, valid
-        source = self._level_grid.crop(box)
+        source = level_grid.crop(box)
         grey = resample(grey, source, grid, area=False)
         if valid is not None:  # divide by the share that is real, so that the zeros beside it do not darken the edge
             real = valid.astype(np.float32)
@@ -133,7 +162,9 @@ def read_input(
     With several input slices (2.5D) the box is one section thick and its neighbours become channels.
     """
     reach = input_slices // 2
-    grey, valid = em.read(grid.crop(box.grow((reach, 0, 0))))
+    inside = box.clip(Box.whole(grid.shape_zyx))
+    core = grid.crop(inside if inside.num_voxels else box)
+    grey, valid = em.read(grid.crop(box.grow((reach, 0, 0))), core)
     if valid is not None:
         valid = valid[reach : valid.shape[0] - reach]
     return (grey[:, None] if reach else grey[None]), valid

@@ -27,7 +27,7 @@ from scipy import ndimage
 from autoseg.data.classes import PRESENT, UNKNOWN
 from autoseg.data.codes import CropCodes, index_blocks
 from autoseg.data.dataset import LabelArray
-from autoseg.data.store import ArrayReader, ChunkCache
+from autoseg.data.store import ArrayReader, ChunkCache, checksums_in
 from autoseg.errors import DataError
 from autoseg.geometry import Box, NmZYX, VoxelsZYX
 from autoseg.schema import ClassShape, Quantiles, write_atomically
@@ -205,7 +205,8 @@ def _measure(codes: CropCodes, states_C: NDArray[np.uint8], source: LabelArray |
     if source is None:
         labels = cc3d.connected_components(mask)
     else:
-        labels = np.where(mask, ArrayReader(source.path, ChunkCache(0)).read(box), 0)
+        chunks = ChunkCache(0, checksums_in(codes.folder.parents[1]))
+        labels = np.where(mask, ArrayReader(source.path, chunks).read(box), 0)
     sizes, num_cut = instance_sizes(labels)
     return ShapeSample(
         _thin(values),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +18,23 @@ from numpy.typing import NDArray
 from autoseg.data import store
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, States, cellmap_table, select
 from autoseg.data.codes import CropCodes, open_codes
-from autoseg.data.dataset import Crop, Dataset, open_dataset
+from autoseg.data.dataset import Crop, Dataset, open_dataset, refuse_too_many
 from autoseg.data.em import finest_stored, measure_intensity
+from autoseg.data.integrity import find_missing, pin
 from autoseg.data.sanity import find
 from autoseg.data.shapes import measure_shape, pool_shape, sections_apart
 from autoseg.data.traits import measure
 from autoseg.errors import DataError
-from autoseg.schema import ClassCount, ClassShape, Contradiction, CropFacts, Fingerprint, VolumeFacts
+from autoseg.schema import (
+    ClassCount,
+    ClassShape,
+    Contradiction,
+    CropFacts,
+    Finding,
+    Fingerprint,
+    LeftOut,
+    VolumeFacts,
+)
 
 Progress = Callable[[str, int, int], None]
 SHAPE_CROPS = 2
@@ -46,29 +57,50 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
     if not dataset.crops:
         raise DataError(data, "holds EM but no annotated crop", "import labels too, or use `autoseg predict --volume`")
     logic = Logic(dataset.table)
-    annotated = sorted({label.name for crop in dataset.crops for label in crop.labels})
-    select(dataset.table, annotated)
+    annotated = sorted({label.name for crop in dataset.crops for label in crop.labels} & set(logic.names))
     names = _knowable(logic, dataset, annotated)
-    crops, opened, traits = [], [], []
+    usable: list[_Opened] = []
+    crops, left_out, findings, traits = [], list(dataset.left_out), list[Finding](), []
     for done, crop in enumerate(dataset.crops):
         progress("crops", done, len(dataset.crops))
-        opened.append(_open(crop, logic, names, cache))
-        crops.append(_crop_facts(opened[-1], names))
-        traits.append(measure(crop, opened[-1].codes))
+        try:
+            opened = _open(crop, logic, names, cache)
+            facts, found = _crop_facts(opened, logic, names, cache)
+            traits.append(measure(crop, opened.codes))
+        except DataError as error:
+            left_out.append(_left_out(crop, error, dataset.root))
+            refuse_too_many(data, len(dataset.crops) + len(dataset.left_out), left_out)
+            continue
+        usable.append(opened)
+        crops.append(facts)
+        findings += found
     progress("crops", len(dataset.crops), len(dataset.crops))
-    ems = {crop.volume: crop.em for crop in dataset.crops}
-    volumes = tuple(_volume_facts(name, em, dataset.root) for name, em in sorted(ems.items()))
-    own = {name: members for name, members in dataset.table.sets.items() if cellmap_table().sets.get(name) != members}
+    ems = {opened.crop.volume: opened.crop.em for opened in usable}
+    volumes = tuple(_volume_facts(name, em, dataset.root, cache) for name, em in sorted(ems.items()))
     return Fingerprint(
         volumes=volumes,
         crops=tuple(crops),
         classes=select(dataset.table, names),
         disjoint=dataset.table.disjoint,
-        left_out=dataset.left_out,
-        shapes=_shapes(names, crops, opened, progress),
-        class_sets=own,
-        findings=tuple(find(crops, volumes, traits)),
+        left_out=(*left_out, *dataset.foreign),
+        shapes=_shapes(names, crops, usable, progress),
+        class_sets=_own_sets(dataset),
+        findings=(*findings, *find(crops, volumes, traits)),
     )
+
+
+def _left_out(crop: Crop, error: DataError, root: Path) -> LeftOut:
+    """Return why this crop is left out; raise what is no fault of its files."""
+    folders = (crop.em, *(label.path for label in crop.labels))
+    if not any(error.where.startswith(str(folder)) for folder in folders):
+        raise error
+    return LeftOut(name=crop.name, why=str(error).replace(f"{root}{os.sep}", ""))
+
+
+def _own_sets(dataset: Dataset) -> dict[str, tuple[str, ...]]:
+    """Return the named class sets that this data adds to the challenge's, or defines anew."""
+    usual = cellmap_table().sets
+    return {name: members for name, members in dataset.table.sets.items() if usual.get(name) != members}
 
 
 def _knowable(logic: Logic, dataset: Dataset, annotated: list[str]) -> list[str]:
@@ -91,8 +123,9 @@ def _open(crop: Crop, logic: Logic, names: list[str], cache: Path) -> _Opened:
     return _Opened(crop, codes, states[:, logic.columns(names)], np.asarray(conflicts.any(axis=1)), said)
 
 
-def _crop_facts(opened: _Opened, names: list[str]) -> CropFacts:
+def _crop_facts(opened: _Opened, logic: Logic, names: list[str], cache: Path) -> tuple[CropFacts, list[Finding]]:
     crop, histogram = opened.crop, opened.codes.histogram_C
+    digest = pin(crop, store.checksums_in(cache))
     counts = {
         name: ClassCount(
             absent=int(histogram[states == ABSENT].sum()),
@@ -101,18 +134,20 @@ def _crop_facts(opened: _Opened, names: list[str]) -> CropFacts:
         )
         for name, states in zip(names, opened.states_CK.T, strict=True)
     }
-    return CropFacts(
+    facts = CropFacts(
         name=crop.name,
         volume=crop.volume,
         shape_zyx=crop.grid.shape_zyx,
         voxel_size_nm=crop.grid.voxel_size_nm,
         origin_nm=crop.grid.origin_nm,
         split=crop.split,
-        annotated=tuple(label.name for label in crop.labels),
+        annotated=tuple(label.name for label in crop.labels if label.name in logic.names),
         counts=counts,
         conflicts=int(histogram[opened.conflicts_C].sum()),
         contradictions=opened.contradictions,
+        stored_sha256=digest,
     )
+    return facts, list(find_missing(crop, opened.codes))
 
 
 def _shapes(
@@ -147,10 +182,10 @@ def _best_crops(name: str, crops: Sequence[CropFacts]) -> list[int]:
     return sorted((i for i, crop in enumerate(crops) if crop.counts[name].present), key=rank)[:SHAPE_CROPS]
 
 
-def _volume_facts(name: str, em: Path, root: Path) -> VolumeFacts:
+def _volume_facts(name: str, em: Path, root: Path, cache: Path) -> VolumeFacts:
     multiscale = store.open_multiscale(em)
     finest = multiscale.levels[0]
-    array = finest_stored(multiscale, store.ChunkCache(0))
+    array = finest_stored(multiscale, store.ChunkCache(0, store.checksums_in(cache)))
     intensity, stored = measure_intensity(array)
     try:
         path = str(em.relative_to(root))

@@ -97,13 +97,17 @@ def predict_regions(
     out: Path,
     *,
     probabilities: bool = False,
+    checksums: store.Checksums | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> None:
-    """Write the labels of every region into the zarr `out`; what its ledger lists is not done again."""
+    """Write the labels of every region into the zarr `out`; what its ledger lists is not done again.
+
+    EM of which `checksums` were recorded must have them.
+    """
     _claim(trained, out, probabilities)
     for region in regions:
         _claim_region(out, region)
-        writer = _RegionWriter(trained, region, out / region.name, probabilities)
+        writer = _RegionWriter(trained, region, out / region.name, probabilities, checksums)
         done = _done_blocks(out, region.name)
         todo = list(writer.blocks())
         for number, block in enumerate(todo):
@@ -119,13 +123,20 @@ def predict_regions(
 class _RegionWriter:
     """Predicts one region block by block onto its own grid."""
 
-    def __init__(self, trained: Trained, region: Region, folder: Path, probabilities: bool) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        region: Region,
+        folder: Path,
+        probabilities: bool,
+        checksums: store.Checksums | None = None,
+    ) -> None:
         plan = trained.plan
         self.predictor, self.folder, self.grid = trained.predictor, folder, region.grid
         self.names = plan.class_names
         self.thresholds = np.array([plan.decode.thresholds[name] for name in self.names])
         self.network_grid = region.grid.at_voxel_size(plan.voxel_size_nm)
-        cache = store.ChunkCache(CACHE_BYTES)
+        cache = store.ChunkCache(CACHE_BYTES, checksums)
         self.em = EmReader(region.em, plan.voxel_size_nm, plan.normalization.kind, cache)
         self.folders = {name: folder / name for name in self.names}
         if probabilities:

@@ -12,6 +12,7 @@ import msgspec
 
 from autoseg.data.codes import default_cache
 from autoseg.data.dataset import Dataset, open_dataset
+from autoseg.data.store import checksums_in
 from autoseg.errors import DataError, PlanError
 from autoseg.evaluate import Scored, score_labels
 from autoseg.geometry import Box
@@ -55,7 +56,7 @@ def evaluate_run(
         prediction = run / "predictions" / f"{_key(data)}-{sha256(facts)[:8]}-{trained.identity[:8]}.zarr"
         numbers = ",".join(name.rsplit("/", 1)[1].removeprefix("crop") for name in boxes)
         regions = [r for r in crop_regions(plan.split, dataset, numbers) if r.name in boxes]
-        predict_regions(trained, regions, prediction, progress=progress)
+        predict_regions(trained, regions, prediction, checksums=checksums_in(cache), progress=progress)
         checkpoint = trained.checkpoint
     known = {entry.name for entry in facts.classes}
     classes = [name for name in plan.class_names if name in known]

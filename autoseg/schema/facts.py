@@ -89,6 +89,7 @@ class CropFacts(Record, frozen=True, kw_only=True):
     """One annotated box, `dataset/cropN`, and what its annotation holds for each class.
 
     `conflicts` counts the voxels that contradict the class table; `contradictions` name the classes, most voxels first.
+    `stored_sha256` is the digest of the stored bytes under it, EM and labels, and of what their metadata say.
     """
 
     name: str
@@ -101,6 +102,7 @@ class CropFacts(Record, frozen=True, kw_only=True):
     counts: dict[str, ClassCount]
     conflicts: int = 0
     contradictions: tuple[Contradiction, ...] = ()
+    stored_sha256: str | None = None
 
     @property
     def grid(self) -> Grid:
@@ -142,6 +144,9 @@ class LeftOut(Record, frozen=True, kw_only=True):
     why: str
 
 
+Missing = Literal["outside", "not-fetched", "miscounted"]
+
+
 class Finding(Record, frozen=True, kw_only=True):
     """Something of a crop or volume that looks wrong, the numbers behind it, and what to do.
 
@@ -149,7 +154,7 @@ class Finding(Record, frozen=True, kw_only=True):
     """
 
     where: str
-    kind: Literal["empty", "swapped", "shifted", "constant", "few-values", "saturated", "inverted"]
+    kind: Literal["empty", "swapped", "shifted", "constant", "few-values", "saturated", "inverted"] | Missing
     what: str
     numbers: dict[str, float]
     remedy: str

@@ -11,7 +11,6 @@ Code 0 is "everything unknown": padding, a validation box, EM that was never fet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoseg.data.classes import PRESENT, UNKNOWN, Logic, States
-from autoseg.data.codes import CropCodes, index_blocks, open_codes
+from autoseg.data.codes import CropCodes, IndexBlocks, index_blocks, open_codes
 from autoseg.data.dataset import Dataset
 from autoseg.data.em import EmReader, read_input
-from autoseg.data.store import ChunkCache
+from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.errors import PlanError
 from autoseg.geometry import Box, VoxelsZYX
 from autoseg.schema import Plan, Region
@@ -48,7 +47,7 @@ class _Source(NamedTuple):
     codes: CropCodes
     to_global: NDArray[np.int32]
     em: EmReader
-    blocks: Sequence[Box]
+    blocks: IndexBlocks
 
 
 class PatchSampler:
@@ -59,7 +58,7 @@ class PatchSampler:
         logic = Logic(data.table)
         columns = logic.columns(plan.class_names)
         rows: dict[bytes, int] = {bytes([UNKNOWN] * len(columns)): 0}
-        chunk_cache = ChunkCache(cache_bytes)
+        chunk_cache = ChunkCache(cache_bytes, checksums_in(cache))
         readers: dict[Path, EmReader] = {}
         self._sources: list[_Source] = []
         present, known = [], []

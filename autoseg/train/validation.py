@@ -16,7 +16,7 @@ from autoseg.data.classes import Logic, States
 from autoseg.data.codes import CropCodes, open_codes
 from autoseg.data.dataset import Dataset
 from autoseg.data.em import EmReader, read_input
-from autoseg.data.store import ChunkCache
+from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.geometry import Box
 from autoseg.metrics.overlap import NOTHING, Counts, count, mean, ratios
 from autoseg.model.windows import Predictor
@@ -37,7 +37,7 @@ class Validator:
 
     def __init__(self, plan: Plan, data: Dataset, cache: Path, cache_bytes: int) -> None:
         self._plan = plan
-        logic, chunks = Logic(data.table), ChunkCache(cache_bytes)
+        logic, chunks = Logic(data.table), ChunkCache(cache_bytes, checksums_in(cache))
         columns = logic.columns(plan.class_names)
         readers: dict[Path, EmReader] = {}
         self._targets = []

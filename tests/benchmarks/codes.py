@@ -18,10 +18,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from autoseg.data.codes import open_codes
 from autoseg.data.dataset import Crop, open_dataset
+from autoseg.geometry import Grid
+
+
+def make(data: Path, edge: int, classes: int, chunk: int) -> None:
+    """Write the labels of one crop: a block of nested structures, mirrored side by side; its EM is one chunk.
+
+    Slabs of one chunk are held at a time, so the memory needed is that of `edge` x `edge` x `chunk` voxels.
+    """
+    from make_crops import NAMES, VOXEL_NM, draw_atoms, members
+
+    from autoseg.data import store
+    from autoseg.data.dataset import EM_NAME, GROUNDTRUTH, RECON
+
+    tile = draw_atoms((4 * chunk,) * 3, [0])
+    mirror = np.concatenate([np.arange(len(tile)), np.arange(len(tile))[::-1]])
+    place = np.resize(mirror, edge)
+    grid = Grid((edge,) * 3, (VOXEL_NM,) * 3, (0.0,) * 3)
+    zarr = data / "big/big.zarr"
+    em = zarr / RECON / "em" / EM_NAME
+    store.create_array(em / "s0", grid.shape_zyx, np.uint8, (chunk,) * 3)[:chunk, :chunk, :chunk] = 128
+    store.write_attributes(em, store.multiscale_attributes(EM_NAME, [grid]))
+    for name, lookup in members(NAMES[:classes]).items():
+        group = zarr / GROUNDTRUTH / "crop1" / name
+        array = store.create_array(group / "s0", grid.shape_zyx, np.uint8, (chunk,) * 3)
+        store.write_attributes(group, store.multiscale_attributes(name, [grid]))
+        of_class = lookup[tile]
+        for z in range(0, edge, chunk):
+            array[z : z + chunk] = of_class[place[z : z + chunk]][:, place][:, :, place]
 
 
 def peak_mib() -> float:
@@ -91,7 +120,13 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 2])
     parser.add_argument("--fingerprint", action="store_true")
     parser.add_argument("--open", type=int)
+    parser.add_argument("--make", type=int, metavar="EDGE")
+    parser.add_argument("--classes", type=int, default=48)
+    parser.add_argument("--chunk", type=int, default=64)
     options = parser.parse_args()
+    if options.make:
+        make(options.data, options.make, options.classes, options.chunk)
+        return
     cache = Path(tempfile.mkdtemp(prefix="autoseg-codes-"))
     try:
         crops = open_dataset(options.data).crops

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from autoseg.data.store.engine import brief, read_attributes
-from autoseg.data.store.reading import ArrayReader, ChunkCache
+from autoseg.data.store.layout import read_layout
 from autoseg.errors import DataError
 from autoseg.geometry import Grid, NmZYX
 
@@ -21,6 +19,7 @@ class Level(NamedTuple):
 
     path: Path
     grid: Grid
+    fill_value: float = 0
 
 
 class Multiscale(NamedTuple):
@@ -32,60 +31,98 @@ class Multiscale(NamedTuple):
 
     def level_for(self, voxel_size_nm: NmZYX) -> Level:
         """Return the coarsest level that is nowhere coarser than that voxel size (within 1 %), else the finest."""
+        return self.levels_for(voxel_size_nm)[0]
+
+    def levels_for(self, voxel_size_nm: NmZYX) -> tuple[Level, ...]:
+        """Return all levels, the one that suits first, then those finer than it, then those coarser.
+
+        Not every level is stored everywhere; the first that is, is the best there.
+        """
         fine = [
-            level
-            for level in self.levels
+            i
+            for i, level in enumerate(self.levels)
             if all(v <= t * 1.01 for v, t in zip(level.grid.voxel_size_nm, voxel_size_nm, strict=True))
         ]
-        return fine[-1] if fine else self.levels[0]
+        best = fine[-1] if fine else 0
+        return self.levels[best::-1] + self.levels[best + 1 :]
 
 
-def open_multiscale(path: Path) -> Multiscale:
-    """Read the metadata of an OME-NGFF 0.4 or 0.5 group with axes z, y, x; DataError names what is wrong."""
+def open_multiscale(path: Path, *, finest_only: bool = False) -> Multiscale:
+    """Read the metadata of an OME-NGFF 0.4 or 0.5 group with axes z, y, x; DataError names what is wrong.
+
+    A level without a folder or with an empty one was not fetched and is left out; of labels only the finest is read.
+    """
+    if not path.is_dir():
+        raise DataError(path, "does not exist", "restore the folder")
     attributes = read_attributes(path)
     ome = attributes.get("ome", attributes)
     try:
         multiscale = ome["multiscales"][0]
         axes, datasets = multiscale["axes"], multiscale["datasets"]
     except (KeyError, IndexError, TypeError):
-        raise DataError(path, "has no OME-NGFF multiscales metadata", "import it with `autoseg import`") from None
+        raise DataError(path, "has no OME-NGFF multiscales metadata", "restore it, or remove the folder") from None
     try:
         names = [axis["name"] for axis in axes]
         if names != ["z", "y", "x"]:
             raise DataError(path, f"axes are {names}", "store one channel with axes z, y, x")
         to_nm = [_nm_per_unit(path, axis.get("unit", "nanometer")) for axis in axes]
-        levels = [_level(path, dataset, multiscale.get("coordinateTransformations", []), to_nm) for dataset in datasets]
+        common = multiscale.get("coordinateTransformations") or []
+        spaces = [(_array_path(path, dataset), *_space(path, dataset, common, to_nm)) for dataset in datasets]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise DataError(path, f"malformed multiscales metadata ({brief(error)})", "repair its .zattrs") from None
-    if not levels:
+    if not spaces:
         raise DataError(path, "lists no arrays", "restore the group")
-    levels.sort(key=lambda level: math.prod(level.grid.voxel_size_nm))
+    spaces.sort(key=lambda space: math.prod(space[1]))
+    spaces = spaces[:1] if finest_only else [space for space in spaces if _is_there(space[0])]
+    if not spaces:
+        raise DataError(path, "none of the arrays that it lists is there", "restore them, or remove the folder")
+    levels = []
+    for array, size, origin in spaces:
+        layout = read_layout(array)
+        levels.append(Level(array, Grid(layout.shape_zyx, size, origin), layout.fill_value))
     return Multiscale(path, tuple(levels), attributes)
 
 
-def _level(path: Path, dataset: dict[str, Any], common: list[Any], to_nm: list[float]) -> Level:
-    scale, translation = np.ones(3), np.zeros(3)
+def _is_there(array: Path) -> bool:
+    return array.is_dir() and any(array.iterdir())
+
+
+def _array_path(path: Path, dataset: dict[str, Any]) -> Path:
+    inner = PurePosixPath(str(dataset["path"]))
+    if inner.is_absolute() or ".." in inner.parts:
+        raise DataError(path, f"points outside itself ({inner})", "repair its .zattrs")
+    return path / inner
+
+
+def _space(path: Path, dataset: dict[str, Any], common: list[Any], to_nm: list[float]) -> tuple[NmZYX, NmZYX]:
+    """Return voxel size and origin (the centre of voxel 0) of a level in nm."""
+    scale, translation = [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
+    scaled = False
     for transform in [*dataset["coordinateTransformations"], *common]:
         if transform["type"] == "scale":
-            factor = np.asarray(transform["scale"], float)
-            scale, translation = scale * factor, translation * factor
+            factor = _three(path, "scale", transform["scale"])
+            if not all(f > 0 for f in factor):
+                raise DataError(path, f"scale {factor}", "a voxel size is three positive numbers (z, y, x)")
+            scaled = True
+            scale = [a * b for a, b in zip(scale, factor, strict=True)]
+            translation = [a * b for a, b in zip(translation, factor, strict=True)]
         elif transform["type"] == "translation":
-            translation = translation + np.asarray(transform["translation"], float)
-    if not any(t["type"] == "scale" for t in [*dataset["coordinateTransformations"], *common]):
+            moved = _three(path, "translation", transform["translation"])
+            translation = [a + b for a, b in zip(translation, moved, strict=True)]
+        elif transform["type"] != "identity":
+            raise DataError(path, f"transformation {transform['type']!r}", "use scale and translation")
+    if not scaled:
         raise DataError(path, f"level {dataset['path']} has no scale", "add its voxel size to the multiscales metadata")
-    if scale.shape != (3,) or not np.isfinite(scale).all() or not (scale > 0).all():
-        raise DataError(path, f"scale {scale.tolist()}", "a voxel size is three positive numbers (z, y, x)")
-    if translation.shape != (3,) or not np.isfinite(translation).all():
-        raise DataError(path, f"translation {translation.tolist()}", "an origin is three finite numbers (z, y, x)")
-    voxel_size = tuple(float(v) for v in scale * to_nm)
-    origin = tuple(float(v) for v in translation * to_nm)
-    array_path = path / str(dataset["path"])
-    if not array_path.resolve().is_relative_to(path.resolve()):
-        raise DataError(path, f"points outside itself ({dataset['path']})", "repair its .zattrs")
-    shape = ArrayReader(array_path, ChunkCache(0)).shape_zyx
-    return Level(
-        array_path, Grid(shape, (voxel_size[0], voxel_size[1], voxel_size[2]), (origin[0], origin[1], origin[2]))
-    )
+    vz, vy, vx = (a * b for a, b in zip(scale, to_nm, strict=True))
+    oz, oy, ox = (a * b for a, b in zip(translation, to_nm, strict=True))
+    return (vz, vy, vx), (oz, oy, ox)
+
+
+def _three(path: Path, what: str, values: Any) -> list[float]:
+    numbers = [float(value) for value in values] if isinstance(values, list) else []
+    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+        raise DataError(path, f"{what} {values}", "it is three finite numbers (z, y, x)")
+    return numbers
 
 
 def _nm_per_unit(path: Path, unit: str) -> float:

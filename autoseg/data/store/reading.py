@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.data.store.engine import brief, open_array, read_json
+from autoseg.data.store.codecs import decode_chunk
+from autoseg.data.store.engine import brief, open_array
+from autoseg.data.store.layout import Layout, read_layout, stored_units
+from autoseg.data.store.sidecar import Checksums, Recorded
 from autoseg.errors import DataError
 from autoseg.geometry import Box, VoxelsZYX
 
-CHUNK_CAP_BYTES = 2**30
+ENTRY_BYTES = 2**9
+STORED, MISSING = 1, 2
 
 
 class ChunkCache:
-    """Decoded chunks, the most recently used ones, up to a number of bytes; one per process."""
+    """Decoded chunks, the most recently used ones, up to a number of bytes; one per process.
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    With `checksums`, no chunk enters whose stored bytes are not those that were recorded.
+    """
+
+    def __init__(self, max_bytes: int, checksums: Checksums | None = None) -> None:
+        self.max_bytes, self.checksums = max_bytes, checksums
         self._num_bytes = 0
         self._chunks: OrderedDict[tuple[str, VoxelsZYX], NDArray[Any]] = OrderedDict()
 
-    def get(self, key: tuple[str, VoxelsZYX], load: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """Return the cached chunk, or load and keep it."""
+    def get(self, key: tuple[str, VoxelsZYX], load: Callable[[VoxelsZYX], NDArray[Any]]) -> NDArray[Any]:
+        """Return the cached chunk of (array, index), or load and keep it."""
         if key in self._chunks:
             self._chunks.move_to_end(key)
             return self._chunks[key]
-        chunk = load()
+        chunk = load(key[1])
         self._chunks[key] = chunk
-        self._num_bytes += chunk.nbytes
+        self._num_bytes += _held_bytes(chunk)
         while self._num_bytes > self.max_bytes and len(self._chunks) > 1:
-            self._num_bytes -= self._chunks.popitem(last=False)[1].nbytes
+            self._num_bytes -= _held_bytes(self._chunks.popitem(last=False)[1])
         return chunk
+
+
+def _held_bytes(chunk: NDArray[Any]) -> int:
+    """Return the memory of an entry; a chunk that is not stored is one value, broadcast."""
+    return ENTRY_BYTES + (0 if 0 in chunk.strides else chunk.nbytes)
 
 
 class ArrayReader:
@@ -49,104 +59,179 @@ class ArrayReader:
     def __init__(self, path: Path, cache: ChunkCache) -> None:
         self.path = path
         self._cache = cache
+        self._key = str(path)
+        self._recorded: Recorded | None = None
+        self._verified: set[VoxelsZYX] = set()
 
     @cached_property
-    def _array(self) -> Any:
-        try:
-            array = open_array(self.path)
-        except Exception as error:
-            raise DataError(self.path, f"is not a readable zarr array ({brief(error)})", "restore it") from None
-        if len(array.shape) != 3:
-            raise DataError(self.path, f"has {len(array.shape)} axes", "store one channel with axes z, y, x")
-        chunk_bytes = math.prod(array.chunks) * array.dtype.itemsize
-        if chunk_bytes > CHUNK_CAP_BYTES:
-            raise DataError(
-                self.path,
-                f"one chunk {tuple(array.chunks)} decodes to {chunk_bytes / 2**30:.1f} GiB",
-                "store it in smaller chunks (64³ is usual)",
-            )
-        return array
+    def layout(self) -> Layout:
+        """Return what the metadata declares; DataError if it cannot be read, or is not what was recorded."""
+        layout = read_layout(self.path)
+        checksums = self._cache.checksums
+        if checksums is not None:
+            recorded = checksums.of(self.path, layout)
+            recorded.check_metadata()
+            self._recorded = recorded if recorded.rows else None
+        return layout
 
     @property
     def shape_zyx(self) -> VoxelsZYX:
         """Return the shape in voxels."""
-        z, y, x = self._array.shape
-        return int(z), int(y), int(x)
+        return self.layout.shape_zyx
 
     @property
     def chunk_zyx(self) -> VoxelsZYX:
         """Return the chunk shape in voxels."""
-        z, y, x = self._array.chunks
-        return int(z), int(y), int(x)
+        return self.layout.chunk_zyx
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Return the stored dtype."""
-        dtype: np.dtype[Any] = np.dtype(self._array.dtype)
-        return dtype
+        return self.layout.dtype
 
     def read(self, box: Box, fill: float = 0) -> NDArray[Any]:
         """Return the voxels of `box` with shape box.shape_zyx; outside the array they are `fill`."""
-        out = np.full(box.shape_zyx, fill, self.dtype)
         inside = box.clip(Box.whole(self.shape_zyx))
+        out = np.empty(box.shape_zyx, self.dtype) if inside == box else np.full(box.shape_zyx, fill, self.dtype)
         if inside.num_voxels == 0:
             return out
         (z0, y0, x0), (z1, y1, x1), (cz, cy, cx) = inside.start, inside.stop, self.chunk_zyx
-        ranges = (range(a // c, (b - 1) // c + 1) for a, b, c in ((z0, z1, cz), (y0, y1, cy), (x0, x1, cx)))
-        for z, y, x in itertools.product(*ranges):
-            chunk_box = self._chunk_box((z, y, x))
-            part = chunk_box.clip(inside)
-            chunk = self._cache.get((str(self.path), (z, y, x)), partial(self._load, chunk_box))
-            out[part.relative_to(box).slices] = chunk[part.relative_to(chunk_box).slices]
+        oz, oy, ox = box.start
+        for z in range(z0 // cz, (z1 - 1) // cz + 1):
+            za, zb, zc = max(z0, z * cz), min(z1, z * cz + cz), z * cz
+            for y in range(y0 // cy, (y1 - 1) // cy + 1):
+                ya, yb, yc = max(y0, y * cy), min(y1, y * cy + cy), y * cy
+                for x in range(x0 // cx, (x1 - 1) // cx + 1):
+                    xa, xb, xc = max(x0, x * cx), min(x1, x * cx + cx), x * cx
+                    chunk = self._cache.get((self._key, (z, y, x)), self._load)
+                    part = chunk[za - zc : zb - zc, ya - yc : yb - yc, xa - xc : xb - xc]
+                    out[za - oz : zb - oz, ya - oy : yb - oy, xa - ox : xb - ox] = part
         return out
 
-    def _chunk_box(self, index: VoxelsZYX) -> Box:
-        cz, cy, cx = self.chunk_zyx
-        z, y, x = index
-        start = (z * cz, y * cy, x * cx)
-        return Box(start, (start[0] + cz, start[1] + cy, start[2] + cx)).clip(Box.whole(self.shape_zyx))
+    def _load(self, index: VoxelsZYX) -> NDArray[Any]:
+        """Return the decoded chunk, cut to the array; one that is not stored is its fill value."""
+        layout = self.layout
+        sizes = zip(layout.shape_zyx, index, layout.chunk_zyx, strict=True)
+        shape = tuple(min(c, n - i * c) for n, i, c in sizes)
+        if not layout.plain:
+            return self._load_by_zarr(index, shape)
+        raw = self._raw(index)
+        if self._recorded is not None:
+            self._recorded.check(layout, index, raw)
+        if raw is None:
+            return np.broadcast_to(np.array(layout.fill_value, layout.dtype), shape)
+        chunk = self.decode(index, raw)
+        return chunk if chunk.shape == shape else chunk[: shape[0], : shape[1], : shape[2]].copy()
 
-    def _load(self, box: Box) -> NDArray[Any]:
+    def _load_by_zarr(self, index: VoxelsZYX, shape: tuple[int, ...]) -> NDArray[Any]:
+        layout = self.layout
+        z, y, x = (i * c // u for i, c, u in zip(index, layout.chunk_zyx, layout.unit_zyx, strict=True))
+        if self._recorded is not None and (z, y, x) not in self._verified:
+            self._recorded.check(layout, (z, y, x), self._raw((z, y, x)))
+            self._verified.add((z, y, x))
+        edges = zip(index, layout.chunk_zyx, shape, strict=True)
         try:
-            return np.asarray(self._array[box.slices])
+            return np.asarray(self._array[tuple(slice(i * c, i * c + n) for i, c, n in edges)])
         except Exception as error:
-            raise DataError(
-                self.path, f"the chunk at voxel {box.start} cannot be decoded ({brief(error)})", "restore the file"
-            ) from None
+            raise self._undecodable((z, y, x), error) from None
+
+    def decode(self, unit: VoxelsZYX, raw: bytes) -> NDArray[Any]:
+        """Return the chunk that the stored bytes of a plain array are; DataError names it if they are none."""
+        layout = self.layout
+        try:
+            flat = decode_chunk(raw, layout.compressor, layout.filters, layout.dtype, math.prod(layout.chunk_zyx))
+        except ValueError as error:
+            raise self._undecodable(unit, error) from None
+        return flat.reshape(layout.chunk_zyx, order=layout.order)
+
+    def _undecodable(self, unit: VoxelsZYX, error: Exception) -> DataError:
+        why = str(error) if isinstance(error, ValueError) else brief(error)
+        what = f"the chunk {self.layout.file_name(unit)} cannot be decoded ({why})"
+        return DataError(self.path, what, "restore the file")
+
+    def _raw(self, unit: VoxelsZYX) -> bytes | None:
+        """Return the stored bytes of a unit, None if it is not stored."""
+        try:
+            with open(f"{self._key}/{self.layout.file_name(unit)}", "rb") as file:
+                return file.read(2**40 if not self.layout.plain else 2 * self.layout.chunk_bytes + 2**16)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            what = f"the chunk {self.layout.file_name(unit)} cannot be read ({error.strerror})"
+            raise DataError(self.path, what, "restore the file") from None
+
+    @cached_property
+    def _array(self) -> Any:
+        """Return the array as zarr opens it, for what is not plain."""
+        try:
+            return open_array(self.path)
+        except Exception as error:
+            raise DataError(self.path, f"is not a readable zarr array ({brief(error)})", "restore it") from None
 
     @cached_property
     def stored_chunks(self) -> NDArray[np.bool_]:
-        """Return for each chunk of the grid whether it was ever written; all True where one cannot tell."""
-        counts = [math.ceil(n / c) for n, c in zip(self.shape_zyx, self.chunk_zyx, strict=True)]
-        stored = np.zeros(counts, dtype=bool)
-        metadata = read_json(self.path / ".zarray")
-        if metadata is None:
-            return np.ones(counts, dtype=bool)
-        if metadata.get("dimension_separator", ".") == "/":
-            names = (
-                f"{z.name}.{y.name}.{x}"
-                for z in _folders(self.path)
-                for y in _folders(Path(z.path))
-                for x in os.listdir(y.path)
-            )
-        else:
-            names = (name for name in os.listdir(self.path))
-        for name in names:
-            with contextlib.suppress(ValueError, IndexError):
-                z, y, x = (int(part) for part in name.split("."))
-                stored[z, y, x] = True
-        return stored
+        """Return for each chunk of the grid whether it was ever written (in shards: whether its shard was)."""
+        layout = self.layout
+        stored = np.zeros(layout.unit_counts, dtype=bool)
+        for unit in stored_units(self.path, layout):
+            stored[unit] = True
+        if layout.unit_zyx == layout.chunk_zyx:
+            return stored
+        axes = [
+            np.arange(-(-n // c)) * c // u
+            for n, c, u in zip(layout.shape_zyx, layout.chunk_zyx, layout.unit_zyx, strict=True)
+        ]
+        return stored[np.ix_(*axes)]
+
+    @property
+    def any_stored(self) -> bool:
+        """Return whether any chunk was ever written."""
+        return next(stored_units(self.path, self.layout), None) is not None
+
+    def coverage(self, box: Box) -> float:
+        """Return the share of the voxels of `box` that lie in stored chunks; outside the array there are none."""
+        states, lengths = self._units(box)
+        if states is None:
+            return 0.0
+        if (states == STORED).all() and box.clip(Box.whole(self.shape_zyx)) == box:
+            return 1.0
+        z, y, x = lengths
+        return float(np.einsum("zyx,z,y,x->", (states == STORED).astype(float), z, y, x)) / box.num_voxels
 
     def stored_mask(self, box: Box) -> NDArray[np.bool_]:
         """Return for each voxel of `box` whether it lies in a stored chunk (outside the array: False)."""
         mask = np.zeros(box.shape_zyx, dtype=bool)
-        inside = box.clip(Box.whole(self.shape_zyx))
-        if inside.num_voxels == 0:
-            return mask
-        axes = [np.arange(a, b) // c for a, b, c in zip(inside.start, inside.stop, self.chunk_zyx, strict=True)]
-        mask[inside.relative_to(box).slices] = self.stored_chunks[np.ix_(*axes)]
+        states, lengths = self._units(box)
+        if states is not None:
+            stored = states == STORED
+            for axis, counts in enumerate(lengths):
+                stored = np.repeat(stored, counts, axis=axis)
+            mask[box.clip(Box.whole(self.shape_zyx)).relative_to(box).slices] = stored
         return mask
 
+    def _units(self, box: Box) -> tuple[NDArray[np.int8] | None, list[NDArray[Any]]]:
+        """Return the states of the stored files under a box, and how many of its voxels each holds along each axis.
 
-def _folders(path: Path) -> list[os.DirEntry[str]]:
-    return [entry for entry in os.scandir(path) if entry.name.isdigit() and entry.is_dir()]
+        Each file is looked for once, when it is first asked for: a volume may have millions.
+        """
+        inside = box.clip(Box.whole(self.shape_zyx))
+        if inside.num_voxels == 0:
+            return None, []
+        units = self.layout.unit_zyx
+        ranges = [range(a // u, (b - 1) // u + 1) for a, b, u in zip(inside.start, inside.stop, units, strict=True)]
+        states = self._seen[tuple(slice(r.start, r.stop) for r in ranges)]
+        if not states.all():
+            for unit in itertools.product(*ranges):
+                z, y, x = unit
+                if self._seen[unit] == 0:
+                    found = Path(f"{self._key}/{self.layout.file_name((z, y, x))}").exists()
+                    self._seen[unit] = STORED if found else MISSING
+        lengths = [
+            np.diff(np.clip(np.arange(r.start, r.stop + 1) * u, a, b))
+            for r, u, a, b in zip(ranges, units, inside.start, inside.stop, strict=True)
+        ]
+        return states, lengths
+
+    @cached_property
+    def _seen(self) -> NDArray[np.int8]:
+        return np.zeros(self.layout.unit_counts, dtype=np.int8)

@@ -1,0 +1,126 @@
+"""Stored bytes to one chunk, never allocating more than the chunk that the metadata declares.
+
+A frame says itself what it decodes to (blosc, zstd, lz4), or is decoded up to one byte more (gzip, zlib, bz2, lzma):
+a few bytes that would unfold to gigabytes are refused before they do. Only codecs named here are used, since some of
+numcodecs' run code that the file holds.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numcodecs
+import numpy as np
+from numpy.typing import NDArray
+
+COMPRESSORS = frozenset({"blosc", "zstd", "lz4", "gzip", "zlib", "bz2", "lzma"})
+FILTERS = frozenset({"delta", "shuffle", "bitround", "fixedscaleoffset", "quantize", "astype", "crc32", "adler32"})
+_Decompressor = Any  # of zlib, bz2 or lzma: decompress(data, max_length), eof, unused_data
+ZSTD_MAGIC = 0xFD2FB528
+LZMA_MEMORY_BYTES = 2**28
+
+
+def decode_chunk(
+    raw: bytes, compressor: dict[str, Any] | None, filters: tuple[dict[str, Any], ...], dtype: np.dtype[Any], size: int
+) -> NDArray[Any]:
+    """Return the `size` values of a stored chunk, flat; ValueError if the bytes are anything else."""
+    expected = size * dtype.itemsize
+    try:
+        # a filter may change the number of bytes, by no more than a checksum or a wider dtype
+        data = raw if compressor is None else _decompress(raw, compressor, expected, exact=not filters)
+        for config in reversed(filters):
+            data = numcodecs.get_codec(dict(config)).decode(data)
+    except ValueError:
+        raise
+    except Exception as error:  # each codec has exceptions of its own
+        raise ValueError(str(error) or type(error).__name__) from None
+    flat = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.asarray(data).ravel().view(np.uint8)
+    if flat.nbytes != expected:
+        raise ValueError(f"{flat.nbytes} bytes, a chunk is {expected}")
+    return flat.view(dtype)
+
+
+def _decompress(raw: bytes, config: dict[str, Any], expected: int, *, exact: bool) -> Any:
+    kind = config["id"]
+    limit = expected if exact else 8 * expected + 2**10
+    if kind in _STREAMED:
+        return _streamed(raw, _STREAMED[kind](config), limit)
+    declared = _DECLARED[kind](raw)
+    if declared is None and not exact:
+        raise ValueError("the zstd frame does not say its size, below a filter")
+    if declared is not None and (declared > limit or (exact and declared != expected)):
+        raise ValueError(f"the frame decodes to {declared} bytes, a chunk is {expected}")
+    out = np.empty(expected if declared is None else declared, np.uint8)
+    numcodecs.get_codec(dict(config)).decode(raw, out=out)
+    return out
+
+
+def _blosc_bytes(raw: bytes) -> int:
+    """Return what a blosc frame decodes to; its decoder trusts the header, so that must fit the bytes."""
+    if len(raw) < 16:
+        raise ValueError(f"{len(raw)} bytes are no blosc frame")
+    num_bytes, block_bytes, stored = struct.unpack_from("<III", raw, 4)
+    if stored != len(raw):
+        raise ValueError(f"the blosc frame has {len(raw)} of {stored} bytes")
+    if block_bytes == 0 or block_bytes > max(num_bytes, 1) or raw[3] == 0:
+        raise ValueError(f"the blosc frame has blocks of {block_bytes} bytes")
+    return int(num_bytes)
+
+
+def _zstd_bytes(raw: bytes) -> int | None:
+    """Return what a zstd frame decodes to, None if it does not say (RFC 8878, section 3.1.1.1)."""
+    if len(raw) < 6 or int.from_bytes(raw[:4], "little") != ZSTD_MAGIC:
+        raise ValueError(f"{len(raw)} bytes are no zstd frame")
+    descriptor = raw[4]
+    single, width = descriptor >> 5 & 1, (0, 2, 4, 8)[descriptor >> 6]
+    if width == 0:
+        if not single:
+            return None
+        width = 1
+    start = 5 + (0 if single else 1) + (0, 1, 2, 4)[descriptor & 3]
+    if len(raw) < start + width:
+        raise ValueError(f"the zstd frame ends after {len(raw)} bytes")
+    return int.from_bytes(raw[start : start + width], "little") + (256 if width == 2 else 0)
+
+
+def _lz4_bytes(raw: bytes) -> int:
+    if len(raw) < 4:
+        raise ValueError(f"{len(raw)} bytes are no lz4 frame")
+    return int.from_bytes(raw[:4], "little")
+
+
+def _streamed(raw: bytes, make: Callable[[], _Decompressor], limit: int) -> bytes:
+    """Return the concatenation of all streams in `raw`; ValueError before it exceeds the limit."""
+    parts: list[bytes] = []
+    room = limit
+    while raw:
+        stream = make()
+        part = stream.decompress(raw, room + 1)
+        room -= len(part)
+        if room < 0:
+            raise ValueError(f"the stream decodes to more than {limit} bytes, which a chunk is")
+        if not stream.eof:
+            raise ValueError("the compressed stream is cut short")
+        parts.append(part)
+        raw = stream.unused_data
+    return b"".join(parts)
+
+
+def _lzma(config: dict[str, Any]) -> Callable[[], _Decompressor]:
+    form, filters = config.get("format", lzma.FORMAT_XZ), config.get("filters")
+    memory = None if form == lzma.FORMAT_RAW else LZMA_MEMORY_BYTES
+    return lambda: lzma.LZMADecompressor(form, memory, filters)
+
+
+_DECLARED: dict[str, Callable[[bytes], int | None]] = {"blosc": _blosc_bytes, "zstd": _zstd_bytes, "lz4": _lz4_bytes}
+_STREAMED: dict[str, Callable[[dict[str, Any]], Callable[[], _Decompressor]]] = {
+    "gzip": lambda config: lambda: zlib.decompressobj(zlib.MAX_WBITS | 16),
+    "zlib": lambda config: zlib.decompressobj,
+    "bz2": lambda config: bz2.BZ2Decompressor,
+    "lzma": _lzma,
+}

@@ -1,0 +1,192 @@
+"""What the metadata of one array declares: shape, chunks, dtype, codecs, and which file holds which chunk.
+
+Arrays of zarr format 2, and plain ones of format 3, are read here without zarr: the raw bytes are needed anyway, to
+compare them with a checksum and to refuse a decompression bomb, and a chunk costs a third of the time. What is not
+`plain` (shards, other codecs of format 3) is read by zarr.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from autoseg.data.store.codecs import COMPRESSORS, FILTERS
+from autoseg.data.store.engine import brief, read_attributes, read_json
+from autoseg.errors import DataError
+from autoseg.geometry import VoxelsZYX
+
+CHUNK_CAP_BYTES = 2**30
+ENDIAN = {"little": "<", "big": ">"}
+V3_COMPRESSORS = {"blosc": "blosc", "zstd": "zstd", "gzip": "gzip"}
+
+
+class Layout(NamedTuple):
+    """One array of three axes; `unit_zyx` are the voxels of one stored file: a chunk, or a shard of chunks."""
+
+    shape_zyx: VoxelsZYX
+    chunk_zyx: VoxelsZYX
+    unit_zyx: VoxelsZYX
+    dtype: np.dtype[Any]
+    fill_value: float
+    order: Literal["C", "F"]
+    compressor: dict[str, Any] | None
+    filters: tuple[dict[str, Any], ...]
+    prefix: str
+    separator: str
+    plain: bool
+
+    @property
+    def unit_counts(self) -> VoxelsZYX:
+        """Return how many stored files there may be along each axis."""
+        z, y, x = (-(-n // u) for n, u in zip(self.shape_zyx, self.unit_zyx, strict=True))
+        return z, y, x
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Return what one chunk decodes to."""
+        return math.prod(self.chunk_zyx) * self.dtype.itemsize
+
+    def file_name(self, unit: VoxelsZYX) -> str:
+        """Return the file of that unit, relative to the array."""
+        return f"{self.prefix}{unit[0]}{self.separator}{unit[1]}{self.separator}{unit[2]}"
+
+
+def read_layout(path: Path) -> Layout:
+    """Return the layout of the array in that folder; DataError names what is missing or wrong in its metadata."""
+    try:
+        metadata = read_json(path / ".zarray")
+        layout = _format_2(metadata) if metadata is not None else _format_3(read_json(path / "zarr.json"))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(path, f"is not a readable zarr array ({_reason(error)})", "restore its metadata") from None
+    if len(layout.shape_zyx) != 3:
+        raise DataError(path, f"has {len(layout.shape_zyx)} axes", "store one channel with axes z, y, x")
+    if not all(n >= 1 for n in (*layout.shape_zyx, *layout.chunk_zyx, *layout.unit_zyx)):
+        raise DataError(path, f"shape {layout.shape_zyx}, chunks {layout.chunk_zyx}", "restore its metadata")
+    if len(layout.chunk_zyx) != 3 or len(layout.unit_zyx) != 3:
+        raise DataError(path, f"has chunks of {len(layout.chunk_zyx)} axes", "restore its metadata")
+    if layout.chunk_bytes > CHUNK_CAP_BYTES:
+        what = f"one chunk {layout.chunk_zyx} decodes to {layout.chunk_bytes / 2**30:.1f} GiB"
+        raise DataError(path, what, "store it in smaller chunks (64³ is usual)")
+    return layout
+
+
+def _reason(error: BaseException) -> str:
+    return f"no {error.args[0]}" if isinstance(error, KeyError) and error.args else brief(error)
+
+
+def _format_2(metadata: dict[str, Any]) -> Layout:
+    if metadata.get("zarr_format", 2) != 2:
+        raise ValueError(f"zarr_format {metadata['zarr_format']!r}")
+    dtype = _dtype(metadata["dtype"])
+    compressor, filters = metadata["compressor"], tuple(metadata.get("filters") or ())
+    if compressor is not None and compressor["id"] not in COMPRESSORS:
+        raise ValueError(f"compressor {compressor['id']!r} is none of {', '.join(sorted(COMPRESSORS))}")
+    unread = [item["id"] for item in filters if item["id"] not in FILTERS]
+    if unread:
+        raise ValueError(f"filter {unread[0]!r} is none of {', '.join(sorted(FILTERS))}")
+    order, separator = metadata.get("order", "C"), metadata.get("dimension_separator", ".")
+    if order not in ("C", "F") or separator not in (".", "/"):
+        raise ValueError(f"order {order!r}, dimension_separator {separator!r}")
+    shape, chunks = _integers(metadata["shape"]), _integers(metadata["chunks"])
+    fill = _fill(metadata.get("fill_value"), dtype)
+    return Layout(shape, chunks, chunks, dtype, fill, order, compressor, filters, "", separator, True)
+
+
+def _format_3(metadata: dict[str, Any] | None) -> Layout:
+    if metadata is None:
+        raise ValueError("neither .zarray nor zarr.json")
+    if metadata["node_type"] != "array" or metadata["chunk_grid"]["name"] != "regular":
+        raise ValueError(f"{metadata['node_type']} on a {metadata.get('chunk_grid', {}).get('name')} grid")
+    unit = _integers(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+    codecs = [(codec["name"], codec.get("configuration") or {}) for codec in metadata["codecs"]]
+    names = [name for name, _ in codecs]
+    sharding = dict(codecs).get("sharding_indexed")
+    chunk = _integers(sharding["chunk_shape"]) if sharding else unit
+    plain = names[:1] == ["bytes"] and len(names) <= 2 and all(name in V3_COMPRESSORS for name in names[1:])
+    endian = ENDIAN[dict(codecs)["bytes"].get("endian", "little")] if plain else "<"
+    dtype = _dtype(np.dtype(metadata["data_type"]).newbyteorder(endian).str)
+    compressor = {"id": V3_COMPRESSORS[names[1]]} if plain and len(names) == 2 else None
+    encoding = metadata["chunk_key_encoding"]
+    default = encoding["name"] == "default"
+    separator = (encoding.get("configuration") or {}).get("separator", "/" if default else ".")
+    prefix = f"c{separator}" if default else ""
+    fill = _fill(metadata["fill_value"], dtype)
+    return Layout(_integers(metadata["shape"]), chunk, unit, dtype, fill, "C", compressor, (), prefix, separator, plain)
+
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    dtype = np.dtype(name) if isinstance(name, str) else None
+    if dtype is None or dtype.kind not in "buif" or dtype.itemsize > 8:
+        raise ValueError(f"dtype {name!r} is not a number of up to 8 bytes")
+    return dtype
+
+
+def _integers(values: Any) -> VoxelsZYX:
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        raise ValueError(f"{values!r} are not whole numbers")
+    return tuple(values)
+
+
+def _fill(value: Any, dtype: np.dtype[Any]) -> float:
+    """Return what a chunk that is not stored reads as; null is 0."""
+    number = float(value) if isinstance(value, str) else 0 if value is None else value
+    if not isinstance(number, int | float):
+        raise ValueError(f"fill_value {value!r}")
+    if dtype.kind in "ui" and not (number == int(number) and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max):
+        raise ValueError(f"fill_value {value!r} is no {dtype}")
+    return number
+
+
+def stored_units(path: Path, layout: Layout) -> Iterator[VoxelsZYX]:
+    """Yield the index of every stored file of the array, by listing its folders."""
+    base = path / layout.prefix.rstrip("/") if layout.prefix.endswith("/") else path
+    if layout.separator == "/":
+        names = (f"{z}/{y}/{x}" for z in _list(base) for y in _list(base / z) for x in _list(base / z / y))
+    else:
+        names = (name.removeprefix(layout.prefix) for name in _list(base))
+    counts = layout.unit_counts
+    for name in names:
+        parts = name.split(layout.separator)
+        if len(parts) == 3 and all(part.isdecimal() for part in parts):
+            unit = int(parts[0]), int(parts[1]), int(parts[2])
+            if all(i < n for i, n in zip(unit, counts, strict=True)):
+                yield unit
+
+
+def _list(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def metadata_checksum(path: Path) -> int:
+    """Return the crc32 of all metadata that decides what the voxels of this level mean, however it is formatted.
+
+    The array's own and its class annotation, and those of the multiscale group; not what other tools add beside.
+    """
+    array = read_json(path / ".zarray") or read_json(path / "zarr.json") or {}
+    group = read_attributes(path.parent)
+    used = [
+        {key: value for key, value in array.items() if key != "attributes"},
+        read_attributes(path).get("cellmap"),
+        [group.get(key) for key in ("multiscales", "ome", "cellmap")],
+    ]
+    return zlib.crc32(json.dumps(used, sort_keys=True).encode())
+
+
+def units_of(layout: Layout, start: VoxelsZYX, stop: VoxelsZYX) -> Iterator[VoxelsZYX]:
+    """Yield the stored files that hold the voxels from `start` to `stop`, which lie inside the array."""
+    edges = zip(start, stop, layout.unit_zyx, strict=True)
+    z, y, x = (range(a // u, (b - 1) // u + 1) for a, b, u in edges)
+    return itertools.product(z, y, x)
