@@ -22,8 +22,8 @@ WORKER_BYTES = int(0.6 * GIB)
 BATCHES_IN_FLIGHT = 3
 MAX_BATCH = {True: 32, False: 4}
 # Share of a CPU step, its batch included, that the convolutions would take alone at the measured speed of one: the
-# rest is memory traffic, loss and data. Measured on two cores: 0.21 for 4 classes on VNC.
-CPU_CONV_SHARE = 0.21
+# rest is memory traffic, loss and data. Measured on VNC with 4 classes: two cores with AMX (bf16), two with AVX2 (fp32).
+CPU_CONV_SHARE = {"bf16": 0.21, "fp32": 0.9}
 GPU_CONV_SHARE = 0.5  # estimated
 DEFAULT_BUDGET_S = {"cpu": 1800.0, "cuda": 6 * 3600.0}
 LOSS_TERMS: dict[str, dict[str, float]] = {
@@ -250,7 +250,7 @@ def choose_step_s(draft: Draft) -> Choice:
     if draft["precision"] not in speeds:
         return Choice(None, "the speed of this machine was not measured", "hardware")
     patches = draft["batch_size"] * draft["accumulate_batches"]
-    share = CPU_CONV_SHARE if draft["device"] == "cpu" else GPU_CONV_SHARE
+    share = CPU_CONV_SHARE[draft["precision"]] if draft["device"] == "cpu" else GPU_CONV_SHARE
     seconds = patches * step_cost(draft).patch_flops / (speeds[draft["precision"]] * 1e9) / share
     because = f"{patches * step_cost(draft).patch_flops / 1e9:.0f} Gflop at {speeds[draft['precision']]:.0f} Gflop/s"
     return Choice(seconds, f"{because}, convolutions being {share:.0%} of a step", "measured convolution")
