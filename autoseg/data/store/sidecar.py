@@ -65,6 +65,11 @@ class Recorded:
         if len(raw) != entry.size or zlib.crc32(raw) != entry.crc32:
             raise self._damage(f"chunk {name} is not what was fingerprinted", "the file")
 
+    def check_some(self) -> None:
+        """Raise DamageError if any chunk was recorded; called where none is stored any more."""
+        if set(self.rows) - {METADATA}:
+            raise self._damage("not one chunk is stored any more", "the files")
+
     def _damage(self, what: str, lost: str) -> DamageError:
         return DamageError(self.array, what, f"restore {lost}; if you changed the data yourself, delete {self.folder}")
 
