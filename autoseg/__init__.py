@@ -28,7 +28,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── metrics/           COUNTING
     │                      overlap.py (numpy in, counts out; no torch)
     ├── data/              WHAT THERE IS
-    │                      dataset.py (the layout) · classes.py (three-valued logic) · codes.py (label codes)
+    │                      dataset.py, datasplit.py (the layout) · classes.py (three-valued logic) · codes.py (labels)
     │                      em.py · integrity.py · resample.py · split.py · convert.py, writer.py (import) · synthetic.py
     │                      store/ (the only door to zarr): engine.py layout.py codecs.py sidecar.py
     │                      reading.py metadata.py pyramid.py
