@@ -29,7 +29,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── metrics/           COUNTING
     │                      overlap.py (numpy in, counts out; no torch)
     ├── data/              WHAT THERE IS
-    │                      dataset.py (the layout) · classes.py (three-valued logic)
+    │                      dataset.py datasplit.py (the layout) · classes.py (three-valued logic)
     │                      codes.py (label codes, their cache) · coding.py (how they are made)
     │                      shapes.py (thickness, instances) · em.py integrity.py · resample.py · split.py islands.py
     │                      convert.py, writer.py (import) · synthetic.py

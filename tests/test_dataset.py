@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from autoseg.data import store
 from autoseg.data.dataset import GROUNDTRUTH, Dataset, open_dataset
 from autoseg.errors import AutosegError, DataError
 from autoseg.geometry import Box, Grid
+from autoseg.plan import fingerprint
+from autoseg.schema import ClassEntry, ClassTable, encode
 
 SHAPE = (4, 8, 8)
 GRID = Grid(SHAPE, (4.0, 4.0, 4.0), (0.0, 0.0, 0.0))
@@ -329,3 +332,137 @@ def test_a_truncated_chunk_is_named_with_its_path_when_it_is_read(tmp_path: Path
         with pytest.raises(AutosegError, match=r"crop1/er/s0: .*cannot be decoded") as caught:
             reader.read(Box.whole(SHAPE))
         assert len(str(caught.value).splitlines()) == 1
+
+
+# ---- names, numbers, sides ----------------------------------------------------------------------------------
+
+
+def test_a_class_that_is_in_no_table_is_named_with_the_nearest_and_the_others_stay(tmp_path: Path) -> None:
+    write_data(tmp_path, crops=3)
+    for i in (1, 3):
+        write_label(crop_path(tmp_path, "a", f"crop{i}"), "mitoo", MASK, GRID)
+    write_label(crop_path(tmp_path, "a", "crop2"), "zzz", MASK, GRID)
+    dataset = open_dataset(tmp_path)
+    assert names(dataset) == ["a/crop1", "a/crop2", "a/crop3"]
+    assert dataset.left_out == ()
+    assert [(item.name, item.why) for item in dataset.foreign] == [
+        (
+            "a/crop1/mitoo",
+            "a/crop1/mitoo and in 1 more crops: is not a class of the table: did you mean 'mito'?",
+        ),
+        ("a/crop2/zzz", "a/crop2/zzz: is not a class of the table: add it to classes.json"),
+    ]
+    facts = fingerprint(tmp_path, tmp_path / "cache")
+    assert facts.left_out == dataset.foreign
+    assert {crop.annotated for crop in facts.crops} == {("er", "mito")}
+    own = ClassTable(classes=(ClassEntry(name="mitoo"), ClassEntry(name="zzz")))
+    (tmp_path / "classes.json").write_bytes(encode(own))
+    assert open_dataset(tmp_path).foreign == ()
+    assert fingerprint(tmp_path, tmp_path / "cache").crops[0].annotated == ("er", "mito", "mitoo")
+    assert len(list((tmp_path / "cache/codes").iterdir())) == 3, "naming a class rebuilds no code volume"
+
+
+def test_a_crop_of_unknown_classes_alone_is_left_out(tmp_path: Path) -> None:
+    write_data(tmp_path, classes=("mitoo",))
+    message = refusal(tmp_path)
+    assert "crop1: annotates no class" in message
+    assert "did you mean 'mito'?" in message
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    (crop_path(write_data(tmp_path), "a", "crop1") / ".ipynb_checkpoints").mkdir()
+    assert open_dataset(tmp_path).foreign == ()
+
+
+def test_two_crops_of_one_number_are_refused(tmp_path: Path) -> None:
+    """A submission and an option such as --crops 7 know the number only."""
+    write_data(tmp_path, crops=2)
+    write_label(crop_path(tmp_path, "a", "crop02"), "er", MASK, GRID)
+    message = refusal(tmp_path)
+    assert "crop2: is the same crop as" in message
+    assert "crop02: keep one of them" in message
+    write_data(tmp_path / "other", "a", crops=1)
+    write_data(tmp_path / "other", "b", crops=1)
+    assert names(open_dataset(tmp_path / "other")) == ["a/crop1", "b/crop1"], "volumes count on their own"
+
+
+def test_one_crop_under_two_names_on_both_sides_is_refused(tmp_path: Path) -> None:
+    """A link to a zarr would be a leak that no comparison of names finds."""
+    write_data(tmp_path, crops=1)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/b.zarr").symlink_to(tmp_path / "a/a.zarr")
+    (tmp_path / "datasplit.csv").write_text(row("train", "crop1") + row("validate", "crop1", "b"))
+    message = refusal(tmp_path)
+    assert "b/b.zarr" in message
+    assert "is the same crop as" in message
+    assert "on both sides of the split" in message
+
+
+def test_two_crops_of_one_name_in_different_folders_are_refused(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        write_data(tmp_path / folder)
+    lines = [row("train", "crop1").replace("a/a.zarr", f"{folder}/a/a.zarr") for folder in ("x", "y")]
+    (tmp_path / "datasplit.csv").write_text("".join(lines))
+    assert ":2: a/crop1 is listed twice (see line 1)" in refusal(tmp_path)
+
+
+def test_a_crop_that_was_left_out_says_why_when_it_is_asked_for(tmp_path: Path) -> None:
+    write_data(tmp_path, crops=6)
+    (crop_path(tmp_path, "a", "crop3") / "er/.zattrs").unlink()
+    with pytest.raises(DataError, match=r"a/crop3: was left out: .*er: has no OME-NGFF multiscales"):
+        open_dataset(tmp_path).crop("a/crop3")
+
+
+# ---- chunks -------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_fill_with_a_value_are_refused_and_null_is_0(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    label = crop_path(tmp_path, "a", "crop1") / "er"
+    edit_array(fill_value=7)(label)
+    assert "er/s0: fill_value 7: chunks that are not stored would read as that" in refusal(tmp_path)
+    edit_array(fill_value=None)(label)
+    (label / "s0/0/0/0").unlink()
+    (crop,) = open_dataset(tmp_path).crops
+    assert not store.ArrayReader(crop.labels[0].path, store.ChunkCache(0)).read(Box.whole(SHAPE)).any()
+
+
+def test_a_crop_under_which_no_em_was_fetched_is_left_out(tmp_path: Path) -> None:
+    """Its fill of 0 would be trained on as black tissue."""
+    write_data(tmp_path, "b", crops=9)
+    write_data(tmp_path, "a", crops=1)
+    chunk = em_path(tmp_path, "a") / "s0/0/0/0"
+    chunk.unlink()
+    (item,) = open_dataset(tmp_path).left_out
+    assert item.name == "a/crop1"
+    assert "nothing was fetched: fetch the EM under it" in item.why
+
+
+def test_a_label_group_without_arrays_is_named(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    label = crop_path(tmp_path, "a", "crop1") / "er"
+    shutil.rmtree(label / "s0")
+    assert "er/s0: is not a readable zarr array" in refusal(tmp_path)
+    shutil.rmtree(label)
+    label.mkdir()
+    assert "er: has no OME-NGFF multiscales metadata" in refusal(tmp_path)
+
+
+def test_labels_are_read_at_their_finest_level_whatever_the_order_of_the_list(tmp_path: Path) -> None:
+    crop = crop_path(write_data(tmp_path, classes=()), "a", "crop1")
+    coarse = GRID.at_voxel_size((8.0, 8.0, 8.0))
+    write_multiscale(crop / "er", [(coarse, np.zeros(coarse.shape_zyx, np.uint8)), (GRID, MASK)])
+    (found,) = open_dataset(tmp_path).crops
+    assert (found.labels[0].path.name, found.grid) == ("s1", GRID)
+
+
+def test_one_geometry_serves_ground_truth_finer_than_em(tmp_path: Path) -> None:
+    """The challenge's crop 557: translations are voxel centres, 23837.13 = 6850 * 3.48 - 0.87."""
+    em = Grid((6900, 8, 8), (3.48, 4.0, 4.0), (0.0, 0.0, 0.0))
+    array = store.create_array(em_path(tmp_path, "a") / "s0", em.shape_zyx, "u1", (64, 8, 8))
+    array[6800:] = 1
+    store.write_attributes(em_path(tmp_path, "a"), store.multiscale_attributes("em", [em]))
+    truth = Grid((20, 16, 16), (1.74, 2.0, 2.0), (23837.13, -1.0, -1.0))
+    write_label(crop_path(tmp_path, "a", "crop557"), "er", np.ones(truth.shape_zyx, np.uint8), truth)
+    (crop,) = open_dataset(tmp_path).crops
+    assert em.covering(crop.grid) == Box((6850, 0, 0), (6860, 8, 8))

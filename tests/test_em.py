@@ -310,6 +310,88 @@ def test_a_volume_of_which_only_coarse_levels_were_fetched_can_be_used(tmp_path:
     assert float(found.std()) == pytest.approx(1, abs=1e-3)
 
 
+# ---- levels that were fetched -------------------------------------------------------------------------------
+
+
+def write_fetched(path: Path) -> tuple[Path, list[Grid]]:
+    """Write two levels as they are fetched for two crops: s0 for the left one only, s1 for both.
+
+    Chunks of s1 reach twice as far as those of s0, so s1 always holds more of the surroundings.
+    """
+    fine = Grid((8, 32, 64), (4.0, 4.0, 4.0), (0.0, 0.0, 0.0))
+    levels = [fine, fine.at_voxel_size((8.0, 8.0, 8.0))]
+    em = write_multiscale(path / "em", [(level, physical(level)) for level in levels], chunk_zyx=(8, 16, 16))
+    for chunk in em.glob("s0/0/*/[123]"):
+        chunk.unlink()
+    return em, levels
+
+
+def test_a_level_not_fetched_under_a_crop_is_passed_over_for_a_coarser_one(tmp_path: Path) -> None:
+    em, (fine, _) = write_fetched(tmp_path)
+    reader = EmReader(em, fine.voxel_size_nm, "volume", store.ChunkCache(2**24))
+    normalizer = make_normalizer("volume", array_of(em))
+    left, right = fine.crop(Box((0, 0, 0), (8, 16, 16))), fine.crop(Box((0, 0, 40), (8, 16, 56)))
+    found, valid = reader.read(left)
+    assert valid is None
+    assert np.array_equal(found, normalizer(physical(left))), "s0, voxel by voxel"
+    found, valid = reader.read(right)
+    assert valid is None or valid.all(), "s1 is there"
+    inner = (slice(2, -2),) * 3
+    np.testing.assert_allclose(found[inner], normalizer(physical(right))[inner], atol=1e-4)
+
+
+def test_what_lies_around_a_crop_does_not_change_its_level(tmp_path: Path) -> None:
+    """A patch at the edge of a crop reads the level of the crop, also where a coarser level holds more of the patch."""
+    em, (fine, _) = write_fetched(tmp_path)
+    reader = EmReader(em, fine.voxel_size_nm, "volume", store.ChunkCache(2**24))
+    crop = fine.crop(Box((0, 0, 0), (8, 16, 16)))
+    whole, _ = reader.read(crop)
+    box = Box((0, 0, 12), (8, 16, 44))
+    image, valid = read_input(reader, crop, box, 1)
+    assert valid is not None
+    assert np.array_equal(valid, np.broadcast_to(np.arange(12, 44) < 16, box.shape_zyx))
+    assert np.array_equal(image[0][..., :4], whole[..., 12:])
+    assert (image[0][~valid] == 0).all()
+
+
+def test_a_few_chunks_that_are_missing_are_masked_rather_than_read_coarser(tmp_path: Path) -> None:
+    em, (fine, _) = write_fetched(tmp_path)
+    reader = EmReader(em, fine.voxel_size_nm, "volume", store.ChunkCache(2**24))
+    grid = fine.crop(Box((0, 0, 0), (8, 32, 24)))
+    found, valid = reader.read(grid)
+    assert valid is not None, "two thirds are stored at s0, the rest is not made up"
+    assert valid.mean() == pytest.approx(2 / 3)
+    assert np.array_equal(found[valid], make_normalizer("volume", array_of(em))(physical(grid))[valid])
+
+
+@settings(max_examples=40)
+@given(
+    truth=st.sampled_from([(1.74, 2.0, 2.0), (3.48, 4.0, 4.0), (2.62, 2.0, 2.0), (4.0, 4.0, 4.0), (8.0, 8.0, 8.0)]),
+    em=st.sampled_from([(3.48, 4.0, 4.0), (5.24, 4.0, 4.0), (4.0, 4.0, 4.0), (1.74, 2.0, 2.0)]),
+    shift=st.tuples(*[st.integers(0, 3)] * 3),
+)
+def test_em_and_ground_truth_meet_by_centres_at_any_voxel_size(
+    tmp_path_factory: pytest.TempPathFactory, truth: NmZYX, em: NmZYX, shift: VoxelsZYX
+) -> None:
+    """Finer or coarser than the EM: a ramp in nm read on the grid of the truth is that ramp at its voxel centres."""
+    sizes: list[NmZYX] = [em, (em[0] * 2, em[1] * 2, em[2] * 2)]
+    finest = Grid((24, 24, 24), em, (100.0, -30.0, 7.5))
+    levels = [finest, finest.at_voxel_size(sizes[1])]
+    path = write_multiscale(tmp_path_factory.mktemp("meet") / "em", [(level, physical(level)) for level in levels])
+    edge = tuple(finest.corner_nm[axis] + (4 + shift[axis]) * em[axis] + truth[axis] / 2 for axis in range(3))
+    grid = Grid((4, 4, 4), truth, (edge[0], edge[1], edge[2]))
+    reader = reader_of(path, "volume", truth)
+    found, valid = reader.read(grid)
+    assert valid is None
+    normalizer = make_normalizer("volume", array_of(path))
+    read = store.open_multiscale(path).level_for(truth).grid.voxel_size_nm
+    ratios = [t / r for t, r in zip(truth, read, strict=True)]
+    # an average over 1.15 voxels sits a little beside its centre; half a voxel aside it would be a wrong registration
+    beside = [0 if r <= 1 or r == round(r) else 0.125 * v / r for r, v in zip(ratios, read, strict=True)]
+    slack = (beside[0] * 3 + beside[1] * 2 + beside[2]) / normalizer.scale
+    np.testing.assert_allclose(found, normalizer(physical(grid)), atol=2e-4 + slack)
+
+
 # ---- what the network is given ------------------------------------------------------------------------------
 
 

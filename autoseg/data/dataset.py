@@ -12,15 +12,15 @@ A class folder means: annotated in this crop (and absent where 0). No folder mea
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from autoseg.data import store
 from autoseg.data.classes import table_of
+from autoseg.data.datasplit import CropRow, SplitName, read_datasplit, refuse_twins
 from autoseg.errors import AutosegError, DataError
 from autoseg.geometry import Box, Grid
 from autoseg.schema import ClassTable, LeftOut, nearest
@@ -29,7 +29,6 @@ RECON = "recon-1"
 GROUNDTRUTH = f"{RECON}/labels/groundtruth"
 EM_NAME = "fibsem-uint8"
 MAX_LEFT_OUT_SHARE = 0.2
-SplitName = Literal["train", "validate"]
 
 
 class LabelArray(NamedTuple):
@@ -84,13 +83,13 @@ class Dataset(NamedTuple):
 def open_dataset(data: Path) -> Dataset:
     """Open a folder in the CellMap layout, or a datasplit.csv that points at such zarrs."""
     if data.suffix == ".csv":
-        root, rows = data.parent, list(_read_datasplit(data))
+        root, rows = data.parent, list(read_datasplit(data))
     elif not data.is_dir():
         raise DataError(data, "is not a folder", "pass a folder in the CellMap layout, or make one: autoseg import")
     else:
         root = data
         csv_path = data / "datasplit.csv"
-        rows = list(_read_datasplit(csv_path)) if csv_path.is_file() else list(_scan(data))
+        rows = list(read_datasplit(csv_path)) if csv_path.is_file() else list(_scan(data))
     volumes = {zarr_path.stem: zarr_path for zarr_path in sorted(root.glob("*/*.zarr"))}
     volumes = {name: em for name, path in volumes.items() if (em := _find_em(path)) is not None}
     if not rows and not volumes:
@@ -99,7 +98,7 @@ def open_dataset(data: Path) -> Dataset:
             "holds no crops",
             f"expected {{dataset}}/{{dataset}}.zarr/{GROUNDTRUTH}/crop*/; make it with `autoseg import`",
         )
-    _refuse_twins(rows)
+    refuse_twins(rows)
     table = table_of(root)
     crops, left_out, foreign = _open_crops(rows, table, root)
     refuse_too_many(data, len(rows), left_out)
@@ -114,7 +113,7 @@ def refuse_too_many(data: Path, num_crops: int, left_out: Sequence[LeftOut]) -> 
 
 
 def _open_crops(
-    rows: Sequence[_Row], table: ClassTable, root: Path
+    rows: Sequence[CropRow], table: ClassTable, root: Path
 ) -> tuple[tuple[Crop, ...], tuple[LeftOut, ...], tuple[LeftOut, ...]]:
     """Return (crops, crops that are left out, class folders that are).
 
@@ -146,14 +145,6 @@ def _foreign(name: str, crops: Sequence[str], known: Iterable[str]) -> str:
     return f"{where}: is not a class of the table: " + (f"did you mean {near}?" if near else "add it to classes.json")
 
 
-class _Row(NamedTuple):
-    name: str
-    split: SplitName | None
-    em: Path | None
-    group: Path
-    classes: tuple[str, ...] | None
-
-
 class _Volumes(NamedTuple):
     """The EM volumes opened so far: of one, many crops are cut."""
 
@@ -168,26 +159,12 @@ class _Volumes(NamedTuple):
         return self.opened[em]
 
 
-def _refuse_twins(rows: Sequence[_Row]) -> None:
-    """Raise DataError where one crop is met under two names, or two crops under one number of a volume."""
-    folders: dict[str, _Row] = {}
-    numbers: dict[tuple[str, str], _Row] = {}
-    for row in rows:
-        volume, folder = row.name.rsplit("/", 1)
-        number = re.sub(r"^crop0*(?=\d)", "crop", folder)
-        twin = numbers.setdefault((volume, number), row)
-        twin = folders.setdefault(os.path.realpath(row.group), row) if twin is row else twin
-        if twin is not row:
-            side = " on both sides of the split" if twin.split != row.split else ""
-            raise DataError(row.group, f"is the same crop as {twin.group}{side}", "keep one of them")
-
-
-def _scan(root: Path) -> Iterator[_Row]:
+def _scan(root: Path) -> Iterator[CropRow]:
     groups = root.glob(f"*/*.zarr/{GROUNDTRUTH}/crop*")
     for group in sorted(groups, key=lambda p: (p.parents[3].stem, _crop_number(p))):
         zarr_path = group.parents[3]
         if group.is_dir() and zarr_path.stem == zarr_path.parent.name:
-            yield _Row(f"{zarr_path.stem}/{group.name}", None, _find_em(zarr_path), group, None)
+            yield CropRow(f"{zarr_path.stem}/{group.name}", None, _find_em(zarr_path), group, None)
 
 
 def _crop_number(group: Path) -> tuple[int, str]:
@@ -202,47 +179,7 @@ def _find_em(zarr_path: Path) -> Path | None:
     return next(iter(usual or found), None)
 
 
-def _read_datasplit(path: Path) -> Iterator[_Row]:
-    """Yield the rows of a datasplit.csv: split, EM zarr, EM path, label zarr, crop/[classes] (or split, EM, crop)."""
-    seen: dict[str, tuple[int, str]] = {}
-    try:
-        lines = list(csv.reader(path.read_text().splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(path, f"cannot be read ({error})", "check the file") from None
-    for number, cells in enumerate(lines, start=1):
-        if not cells:
-            continue
-        row = _datasplit_row(path, number, [cell.strip() for cell in cells])
-        if row.name in seen:
-            first, split = seen[row.name]
-            side = "on both sides" if split != row.split else "twice"
-            raise DataError(f"{path}:{number}", f"{row.name} is listed {side} (see line {first})", "keep one line")
-        seen[row.name] = (number, row.split or "")
-        yield row
-
-
-def _datasplit_row(path: Path, number: int, cells: list[str]) -> _Row:
-    where = f"{path}:{number}"
-    if len(cells) == 5:
-        split, em_zarr, em_inner, label_zarr, label_inner = cells
-        em, labels = f"{em_zarr}/{em_inner}", f"{label_zarr}/{label_inner}"
-    elif len(cells) == 3:
-        split, em, labels = cells
-    else:
-        raise DataError(where, f"has {len(cells)} columns", "write split, EM zarr, EM path, label zarr, crop/[classes]")
-    if split not in ("train", "validate"):
-        raise DataError(where, f"split {split!r}", "write train or validate")
-    match = re.fullmatch(r"(.*?)/?(?:\[([^\]]*)\])?", labels)
-    assert match is not None
-    group = path.parent / match[1]
-    classes = tuple(name.strip() for name in match[2].split(",") if name.strip()) if match[2] is not None else None
-    zarr_parts = [part for part in group.parts if part.endswith(".zarr")]
-    dataset = zarr_parts[-1].removesuffix(".zarr") if zarr_parts else group.parent.name
-    side: SplitName = "train" if split == "train" else "validate"
-    return _Row(f"{dataset}/{group.name}", side, path.parent / em, group, classes)
-
-
-def _open_crop(row: _Row, known: frozenset[str], volumes: _Volumes) -> tuple[Crop, list[str]]:
+def _open_crop(row: CropRow, known: frozenset[str], volumes: _Volumes) -> tuple[Crop, list[str]]:
     """Return the crop and the names of its class folders that are in no table."""
     if row.em is None:
         raise DataError(row.name, f"its zarr has no EM under {RECON}/em", "add the EM, or remove the crop")

@@ -81,7 +81,9 @@ def read_layout(path: Path) -> Layout:
 
 
 def _reason(error: BaseException) -> str:
-    return f"no {error.args[0]}" if isinstance(error, KeyError) and error.args else brief(error)
+    if isinstance(error, KeyError) and error.args:
+        return f"no {error.args[0]}"
+    return str(error) if isinstance(error, ValueError) else brief(error)
 
 
 def _format_2(metadata: dict[str, Any]) -> Layout:

@@ -185,8 +185,11 @@ class ArrayReader:
 
     @property
     def any_stored(self) -> bool:
-        """Return whether any chunk was ever written."""
-        return next(stored_units(self.path, self.layout), None) is not None
+        """Return whether any chunk was ever written; DamageError if there were some and now there is none."""
+        found = next(stored_units(self.path, self.layout), None) is not None
+        if not found and self._recorded is not None:
+            self._recorded.check_some()
+        return found
 
     def coverage(self, box: Box) -> float:
         """Return the share of the voxels of `box` that lie in stored chunks; outside the array there are none."""
@@ -226,6 +229,8 @@ class ArrayReader:
                 if self._seen[unit] == 0:
                     found = Path(f"{self._key}/{self.layout.file_name((z, y, x))}").exists()
                     self._seen[unit] = STORED if found else MISSING
+                    if not found and self._recorded is not None:
+                        self._recorded.check(self.layout, (z, y, x), None)
         lengths = [
             np.diff(np.clip(np.arange(r.start, r.stop + 1) * u, a, b))
             for r, u, a, b in zip(ranges, units, inside.start, inside.stop, strict=True)

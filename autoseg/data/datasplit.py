@@ -1,0 +1,84 @@
+"""Which crops a data set lists: the rows of a datasplit.csv, and no crop listed under two names.
+
+::
+
+    "train","a/a.zarr","recon-1/em/fibsem-uint8","a/a.zarr","recon-1/labels/groundtruth/crop234/[mito,er]"
+    "validate","a/a.zarr/recon-1/em/fibsem-uint8","a/a.zarr/recon-1/labels/groundtruth/crop235"
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from autoseg.errors import DataError
+
+SplitName = Literal["train", "validate"]
+
+
+class CropRow(NamedTuple):
+    """One crop as it is listed; `classes` None means all that its folder holds."""
+
+    name: str
+    split: SplitName | None
+    em: Path | None
+    group: Path
+    classes: tuple[str, ...] | None
+
+
+def read_datasplit(path: Path) -> Iterator[CropRow]:
+    """Yield the rows of a datasplit.csv: split, EM zarr, EM path, label zarr, crop/[classes] (or split, EM, crop)."""
+    seen: dict[str, tuple[int, str]] = {}
+    try:
+        lines = list(csv.reader(path.read_text().splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(path, f"cannot be read ({error})", "check the file") from None
+    for number, cells in enumerate(lines, start=1):
+        if not cells:
+            continue
+        row = _datasplit_row(path, number, [cell.strip() for cell in cells])
+        if row.name in seen:
+            first, split = seen[row.name]
+            side = "on both sides" if split != row.split else "twice"
+            raise DataError(f"{path}:{number}", f"{row.name} is listed {side} (see line {first})", "keep one line")
+        seen[row.name] = (number, row.split or "")
+        yield row
+
+
+def _datasplit_row(path: Path, number: int, cells: list[str]) -> CropRow:
+    where = f"{path}:{number}"
+    if len(cells) == 5:
+        split, em_zarr, em_inner, label_zarr, label_inner = cells
+        em, labels = f"{em_zarr}/{em_inner}", f"{label_zarr}/{label_inner}"
+    elif len(cells) == 3:
+        split, em, labels = cells
+    else:
+        raise DataError(where, f"has {len(cells)} columns", "write split, EM zarr, EM path, label zarr, crop/[classes]")
+    if split not in ("train", "validate"):
+        raise DataError(where, f"split {split!r}", "write train or validate")
+    match = re.fullmatch(r"(.*?)/?(?:\[([^\]]*)\])?", labels)
+    assert match is not None
+    group = path.parent / match[1]
+    classes = tuple(name.strip() for name in match[2].split(",") if name.strip()) if match[2] is not None else None
+    zarr_parts = [part for part in group.parts if part.endswith(".zarr")]
+    dataset = zarr_parts[-1].removesuffix(".zarr") if zarr_parts else group.parent.name
+    side: SplitName = "train" if split == "train" else "validate"
+    return CropRow(f"{dataset}/{group.name}", side, path.parent / em, group, classes)
+
+
+def refuse_twins(rows: Sequence[CropRow]) -> None:
+    """Raise DataError where one crop is met under two names, or two crops under one number of a volume."""
+    folders: dict[str, CropRow] = {}
+    numbers: dict[tuple[str, str], CropRow] = {}
+    for row in rows:
+        volume, folder = row.name.rsplit("/", 1)
+        number = re.sub(r"^crop0*(?=\d)", "crop", folder)
+        twin = numbers.setdefault((volume, number), row)
+        twin = folders.setdefault(os.path.realpath(row.group), row) if twin is row else twin
+        if twin is not row:
+            side = " on both sides of the split" if twin.split != row.split else ""
+            raise DataError(row.group, f"is the same crop as {twin.group}{side}", "keep one of them")
