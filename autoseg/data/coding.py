@@ -52,13 +52,14 @@ class _Flags:
             if unknown.all():
                 self.constant[list(classes)] = UNKNOWN
                 return
-            self._bit(classes, UNKNOWN, unknown)
+            self.add_bit(classes, UNKNOWN, unknown)
         if present.all():
             self.constant[list(classes)] = PRESENT
         elif present.any():
-            self._bit(classes, PRESENT, present)
+            self.add_bit(classes, PRESENT, present)
 
-    def _bit(self, classes: tuple[int, ...], state: int, flags: NDArray[np.bool_]) -> None:
+    def add_bit(self, classes: tuple[int, ...], state: int, flags: NDArray[np.bool_]) -> None:
+        """Add one flag: where it is set, these classes have that state."""
         place = len(self._columns) % 8
         self._columns.append((classes, state))
         if place == 0:
@@ -160,12 +161,14 @@ class CodeWriter:
         per_layer = layers[1] * layers[2]
         for i in range(layers[0]):
             layer = np.asarray(np.load(self._path, mmap_mode="r")[i * INDEX_BLOCK[0] : (i + 1) * INDEX_BLOCK[0]])
-            counts = np.stack(
-                [
-                    np.bincount(layer[box.slices].ravel(), minlength=len(states))
-                    for box in blocks(_zyx(layer.shape), INDEX_BLOCK)
-                ]
-            )
+            counts = np.zeros((per_layer, len(states)), dtype=np.int64)
+            for row, box in zip(counts, blocks(_zyx(layer.shape), INDEX_BLOCK), strict=True):
+                part = layer[box.slices]
+                low = part.min()
+                if low == part.max():
+                    row[low] = part.size
+                else:
+                    row[:] = np.bincount(part.ravel(), minlength=len(states))
             np.load(path, mmap_mode="r+")[i * per_layer : (i + 1) * per_layer] = counts
             histogram += counts.sum(axis=0)
         for written in (self._path, path):  # a rename may reach the disk before what was renamed
@@ -192,16 +195,18 @@ def encode_labels(crop: Crop, writer: CodeWriter, checksums: Checksums) -> None:
 
 
 def _add_label(flags: _Flags, k: int, label: LabelArray, values: NDArray[Any]) -> None:
-    first = values.flat[0]
-    if values.size == 1 or (values == first).all():
-        known = label.unknown is None or first != label.unknown
-        flags.constant[k] = (PRESENT if first != label.absent else ABSENT) if known else UNKNOWN
-        return
-    present = values != label.absent
-    unknown = None if label.unknown is None else values == label.unknown
-    if unknown is not None:
-        present &= ~unknown
-    flags.add((k,), present, unknown)
+    low, high = values.min(), values.max()
+    unsure = label.unknown is not None and low <= label.unknown <= high
+    if low == high:
+        flags.constant[k] = UNKNOWN if unsure else PRESENT if low != label.absent else ABSENT
+    elif values.dtype == np.uint8 and high == 1 and label.absent == 0 and not unsure:
+        flags.add_bit((k,), PRESENT, values.view(np.bool_))  # zeros and ones are flags as they are
+    else:
+        present = values != label.absent
+        unknown = values == label.unknown if unsure else None
+        if unknown is not None:
+            present &= ~unknown
+        flags.add((k,), present, unknown)
 
 
 def _block_shape(chunks: Sequence[VoxelsZYX], shape_zyx: VoxelsZYX) -> VoxelsZYX:

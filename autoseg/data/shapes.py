@@ -162,7 +162,10 @@ def _across(
 
 def instance_sizes(labels_ZYX: NDArray[np.unsignedinteger[Any]]) -> tuple[NDArray[np.int64], int]:
     """Return (voxels of each object that lies wholly inside, number of objects that touch the border); 0 is none."""
-    ids, sizes = np.unique(labels_ZYX, return_counts=True)
+    parts = [np.unique(part, return_counts=True) for part in np.array_split(labels_ZYX, len(labels_ZYX))]
+    ids, which = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
+    sizes = np.zeros(len(ids), dtype=np.int64)
+    np.add.at(sizes, which, np.concatenate([part[1] for part in parts]))
     faces = [np.take(labels_ZYX, [0, -1], axis=axis).ravel() for axis in range(3) if labels_ZYX.shape[axis] > 1]
     cut = np.isin(ids, np.unique(np.concatenate(faces))) if faces else np.zeros(len(ids), dtype=bool)
     whole: NDArray[np.int64] = sizes[(ids != 0) & ~cut].astype(np.int64)
@@ -193,10 +196,10 @@ def _measure(codes: CropCodes, states_C: NDArray[np.uint8], source: LabelArray |
     centre = _centre(codes, states_C, seed)
     codes_ZYX, values, cut, num_voxels = codes.codes_ZYX, np.zeros(0), 0, 0
     for box, steps in _thickness_boxes(codes, centre):
-        size = _scaled(codes.grid.voxel_size_nm, steps)
+        z, y, x = (v * s for v, s in zip(codes.grid.voxel_size_nm, steps, strict=True))
         picked = codes_ZYX[tuple(slice(a, b, s) for a, b, s in zip(box.start, box.stop, steps, strict=True))]
         states = states_C[picked]
-        values, cut = thickness(states == PRESENT, size, states == UNKNOWN)
+        values, cut = thickness(states == PRESENT, (z, y, x), states == UNKNOWN)
         num_voxels += states.size
         if len(values) >= max(1, cut):
             break
@@ -289,11 +292,6 @@ def _thin(values: NDArray[Any]) -> tuple[float, ...]:
     if len(ordered) > KEPT_VALUES:
         ordered = ordered[((np.arange(KEPT_VALUES) + 0.5) * len(ordered) / KEPT_VALUES).astype(np.intp)]
     return tuple(round(value, 3) for value in ordered.tolist())
-
-
-def _scaled(voxel_size_nm: NmZYX, steps: VoxelsZYX) -> NmZYX:
-    z, y, x = (v * s for v, s in zip(voxel_size_nm, steps, strict=True))
-    return z, y, x
 
 
 def _zyx(values: Sequence[int]) -> VoxelsZYX:
