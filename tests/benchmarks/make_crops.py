@@ -35,15 +35,21 @@ from autoseg.geometry import Box, Grid, VoxelsZYX
 VOXEL_NM = 8.0
 PLANES = 16  # drawn at once, so that a 1000³ crop needs two bytes a voxel and not forty
 PAD = 2  # knots beyond each face that a cubic spline needs
-NAMES = tuple(
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "ecs pm mito_mem mito_lum mito_ribo golgi_mem golgi_lum ves_mem ves_lum endo_mem endo_lum er_mem er_lum nuc "
     "cyto mito er golgi ves endo lyso_mem lyso_lum lyso ld_mem ld_lum ld eres_mem eres_lum eres perox_mem perox_lum "
-    "perox ne_mem ne_lum ne np_out np_in np hchrom echrom nucpl chrom mt_out mt_in mt cell er_mem_all ne_mem_all".split()
+    "perox ne_mem ne_lum ne np_out np_in np hchrom echrom nucpl chrom mt_out mt_in mt cell er_mem_all ne_mem_all"
 )
-ATOMS = tuple(
+ATOMS = _words(
     "ecs pm cyto er_mem er_lum eres_mem eres_lum golgi_mem golgi_lum mito_mem mito_lum mito_ribo ves_mem ves_lum "
     "endo_mem endo_lum lyso_mem lyso_lum ld_mem ld_lum perox_mem perox_lum mt_out mt_in ne_mem ne_lum np_out np_in "
-    "hchrom echrom nucpl".split()
+    "hchrom echrom nucpl"
 )
 GREY = {"ecs": 186, "cyto": 140, "hchrom": 86, "echrom": 130, "nucpl": 168, "mito_lum": 112, "lyso_lum": 90, "pm": 72}
 
@@ -207,9 +213,7 @@ def _groups(crops: int, per_volume: int) -> Iterator[range]:
         yield range(first, min(first + per_volume, crops + 1))
 
 
-def _write_volume(
-    root: Path, name: str, numbers: range, shape: _Shape, names: tuple[str, ...], seed: int
-) -> None:
+def _write_volume(root: Path, name: str, numbers: range, shape: _Shape, names: tuple[str, ...], seed: int) -> None:
     zarr = root / name / f"{name}.zarr"
     em_group = zarr / RECON / "em" / EM_NAME
     length = shape.stride * (len(numbers) - 1) + shape.stored
@@ -238,9 +242,7 @@ def _write_volume(
     store.make_groups(zarr, zarr / GROUNDTRUTH)
 
 
-def _write_crop(
-    group: Path, atoms: NDArray[np.uint8], grid: Grid, names: tuple[str, ...], chunk: VoxelsZYX
-) -> None:
+def _write_crop(group: Path, atoms: NDArray[np.uint8], grid: Grid, names: tuple[str, ...], chunk: VoxelsZYX) -> None:
     shape = grid.shape_zyx
     chunk = (min(chunk[0], shape[0]), min(chunk[1], shape[1]), min(chunk[2], shape[2]))
     for name, lookup in members(names).items():
