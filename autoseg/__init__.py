@@ -8,6 +8,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── arguments.py       what people type, as values
     ├── recipes/           SEVERAL VERBS IN A ROW
     │                      training.py (plan + DATA → RUN) · validate.py (predict + score) · demo.py · dev_run.py
+    │                      profile.py (what a plan costs here)
     │
     ├── plan/              WHAT TO DO
     │                      fingerprint.py · hardware.py · planner.py (the order of the rules) · draft.py

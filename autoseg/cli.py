@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USER)
 
 
-_COMMANDS = ("demo", "import", "fingerprint", "plan", "train", "predict", "evaluate", "report")
+_COMMANDS = ("demo", "import", "fingerprint", "plan", "profile", "train", "predict", "evaluate", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"autoseg {__version__}")
     shtab.add_argument_to(parser, ["--print-completion"])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (_demo, _import, _fingerprint, _plan, _train, _predict, _evaluate, _report):
+    for add in (_demo, _import, _fingerprint, _plan, _profile, _train, _predict, _evaluate, _report):
         add(commands)
     return parser
 
@@ -172,6 +172,19 @@ def _plan(commands: _Commands) -> None:
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field; repeatable"
     )
     parser.add_argument("--diff", nargs=2, type=Path, metavar=("A", "B"), help="show what differs between two plans")
+
+
+def _profile(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "profile",
+        "measure a plan's batches, steps and memory on this machine; keeps nothing",
+        "autoseg profile --plan plans/vnc.json --data data",
+        data=True,
+    )
+    parser.add_argument("--plan", required=True, type=Path, metavar="PLAN")
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DATA", help="default: ./data")
+    _device(parser)
 
 
 def _train(commands: _Commands) -> None:

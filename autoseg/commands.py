@@ -27,6 +27,7 @@ from autoseg.plan import fingerprint, make_plan, parse_settings, probe_hardware
 from autoseg.predict import crop_regions, cut_roi, export_labels, file_region, open_run, predict_regions, volume_regions
 from autoseg.recipes import demo as demo_recipe
 from autoseg.recipes.dev_run import dev_run
+from autoseg.recipes.profile import profile_plan
 from autoseg.recipes.training import data_of, split_of, train_on
 from autoseg.recipes.validate import evaluate_run
 from autoseg.report import terminal
@@ -106,6 +107,16 @@ def run_plan(options: argparse.Namespace) -> int:
     console.print(f"wrote {out}; next: autoseg train --plan {out}{where}")
     _tell_cache(options, console)
     _print_json(options, plan)
+    return EXIT_OK
+
+
+def run_profile(options: argparse.Namespace) -> int:
+    """Measure what a plan costs here."""
+    console = terminal.make_console(quiet=options.quiet)
+    plan = load_as(options.plan, Plan)
+    found = profile_plan(plan, options.data, _cache(options), device=options.device, tell=console.print)
+    terminal.show_profile(found, console)
+    _print_json(options, found)
     return EXIT_OK
 
 
@@ -271,21 +282,11 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def _plan_difference(options: argparse.Namespace, console: Console) -> int:
     a, b = (load_as(path, Plan) for path in options.diff)
-    rows = difference(msgspec.to_builtins(a), msgspec.to_builtins(b))
+    rows = terminal.difference(msgspec.to_builtins(a), msgspec.to_builtins(b))
     rows = [row for row in rows if not row[0].startswith("reasons")]
     console.print(terminal.difference_table(rows, (str(options.diff[0]), str(options.diff[1]))))
     _print_json(options, {field: [x, y] for field, x, y in rows})
     return EXIT_OK
-
-
-def difference(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted field, value in a, value in b) wherever two nested values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        rows = []
-        for key in [*a, *(key for key in b if key not in a)]:
-            rows += difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
-        return rows
-    return [] if a == b else [(name, a, b)]
 
 
 def _only_run() -> Path:

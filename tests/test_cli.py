@@ -24,15 +24,15 @@ from test_planner import cheap_trace, tiny_plan
 from autoseg import __version__
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
-from autoseg.commands import difference
 from autoseg.errors import PlanError
 from autoseg.plan import hardware, rules_network
 from autoseg.recipes.training import train_on
+from autoseg.report.terminal import difference
 from autoseg.schema import Plan, load_as, save
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("demo", "import", "fingerprint", "plan", "train", "predict", "evaluate", "report")
+COMMANDS = ("demo", "import", "fingerprint", "plan", "profile", "train", "predict", "evaluate", "report")
 HEAVY = ("torch", "monai", "numpy", "zarr", "matplotlib", "h5py", "tifffile", "scipy")
 
 

@@ -19,6 +19,7 @@ from autoseg.schema import (
     Observer,
     Outcome,
     Plan,
+    Profile,
     Scores,
     StepResult,
     TunedDecode,
@@ -186,6 +187,16 @@ def change_table(new: Scores, old: Scores, title: str) -> Table:
     return table
 
 
+def difference(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted field, value in a, value in b) wherever two nested values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        rows = []
+        for key in [*a, *(key for key in b if key not in a)]:
+            rows += difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+        return rows
+    return [] if a == b else [(name, a, b)]
+
+
 def difference_table(rows: Sequence[tuple[str, Any, Any]], names: tuple[str, str]) -> Table:
     """Return the fields in which two artifacts differ."""
     table = Table(title=f"{len(rows)} fields differ", title_justify="left")
@@ -194,6 +205,24 @@ def difference_table(rows: Sequence[tuple[str, Any, Any]], names: tuple[str, str
     for field, a, b in rows:
         table.add_row(field, str(a), str(b))
     return table
+
+
+def show_profile(profile: Profile, console: Console) -> None:
+    """Print seconds of a step, share waited and memory by number of workers, then memory and what to choose."""
+    table = Table(title="training steps with their batches", title_justify="left")
+    for name in ("workers", "s a step", "waiting", "MiB a worker", ""):
+        table.add_column(name, justify="left" if not name else "right")
+    for trial in profile.trials:
+        notes = {"planned": profile.num_workers, "recommended": profile.recommended_workers}
+        mine = ", ".join(note for note, workers in notes.items() if workers == trial.num_workers)
+        rss = MISSING if trial.worker_rss_bytes is None else f"{trial.worker_rss_bytes / 2**20:.0f}"
+        table.add_row(str(trial.num_workers), number(trial.step_s), f"{trial.batch_wait_fraction:.0%}", rss, mine)
+    console.print(table)
+    measured, predicted = (
+        f"{n / 2**20:.0f} MiB" for n in (profile.measured_memory_bytes, profile.predicted_memory_bytes)
+    )
+    console.print(f"memory of a step: {measured} measured ({profile.measured_by}), {predicted} predicted")
+    console.print(f"recommended: num_workers={profile.recommended_workers}: {profile.because}")
 
 
 class TrainingView(Observer):

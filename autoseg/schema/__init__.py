@@ -50,7 +50,7 @@ from autoseg.schema.plans import (
     Validation,
 )
 from autoseg.schema.records import SCHEMA_VERSION, Artifact, Record
-from autoseg.schema.results import CheckpointHeader, ClassScore, ScoreRow, Scores, TunedDecode
+from autoseg.schema.results import CheckpointHeader, ClassScore, Profile, ScoreRow, Scores, TunedDecode, WorkerTrial
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -80,6 +80,7 @@ __all__ = [
     "Optimizer",
     "Outcome",
     "Plan",
+    "Profile",
     "Quantiles",
     "Reason",
     "Record",
@@ -96,6 +97,7 @@ __all__ = [
     "Validation",
     "ValidationScore",
     "VolumeFacts",
+    "WorkerTrial",
     "check_plan",
     "decode",
     "encode",

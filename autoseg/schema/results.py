@@ -62,3 +62,32 @@ class Scores(Artifact, frozen=True, kw_only=True, tag="scores"):
     checkpoint: str | None = None
     data: str | None = None
     prediction: str | None = None
+
+
+class WorkerTrial(Record, frozen=True, kw_only=True):
+    """Training with that many loader processes: seconds of a step with its batch, and the share of it waited."""
+
+    num_workers: int
+    step_s: float
+    batch_wait_fraction: float
+    worker_rss_bytes: int | None
+
+
+class Profile(Record, frozen=True, kw_only=True):
+    """What a plan costs on one machine, measured.
+
+    `samples_per_s` is of one loader process alone, `step_s` of a step whose batch is at hand, `batch_wait_fraction`
+    of training with the plan's `num_workers`; `worker_rss_bytes` is the largest worker seen.
+    """
+
+    samples_per_s: float
+    batch_wait_fraction: float
+    worker_rss_bytes: int
+    step_s: float
+    predicted_memory_bytes: int
+    measured_memory_bytes: int
+    measured_by: str
+    num_workers: int
+    recommended_workers: int
+    because: str
+    trials: tuple[WorkerTrial, ...]

@@ -61,9 +61,9 @@ def train(
     """
     check_plan(plan, plan.name)
     dataset = open_dataset(data)
-    target = _device(device, plan)
+    target = device_of(device, plan)
     used = plan if split is None else msgspec.structs.replace(plan, split=split)
-    _check_data(used, dataset)
+    check_data(used, dataset)
     StepDataset(used, data, cache or default_cache()).first()
     _claim(plan, run)
     claimed()
@@ -237,7 +237,8 @@ def _claim(plan: Plan, run: Path) -> None:
     save(plan, path)
 
 
-def _check_data(plan: Plan, dataset: Dataset) -> None:
+def check_data(plan: Plan, dataset: Dataset) -> None:
+    """Raise PlanError for a crop of the plan's split that the data set does not have."""
     names = {crop.name for crop in dataset.crops}
     missing = sorted({region.crop for region in (*plan.split.train, *plan.split.validate)} - names)
     if missing:
@@ -246,7 +247,7 @@ def _check_data(plan: Plan, dataset: Dataset) -> None:
         )
 
 
-def _device(name: str, plan: Plan) -> torch.device:
+def device_of(name: str, plan: Plan) -> torch.device:
     """Return the device the plan wants, or the one the user names; PlanError if it is not there."""
     if plan.init is not None and not Path(plan.init).exists():
         raise PlanError(plan.init, "does not exist, and plan.init starts from it", "correct init, or plan anew")
