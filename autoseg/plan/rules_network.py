@@ -22,7 +22,7 @@ WORKER_BYTES = int(0.6 * GIB)
 BATCHES_IN_FLIGHT = 3
 MAX_BATCH = {True: 32, False: 4}
 # Share of a CPU step, its batch included, that the convolutions would take alone at the measured speed of one: the
-# rest is memory traffic, loss and data. Measured on VNC with 4 classes: two cores with AMX (bf16), two with AVX2 (fp32).
+# rest is memory traffic, loss and data. Measured on VNC, 4 classes: two cores with AMX (bf16), two with AVX2 (fp32).
 CPU_CONV_SHARE = {"bf16": 0.21, "fp32": 0.9}
 GPU_CONV_SHARE = 0.5  # estimated
 DEFAULT_BUDGET_S = {"cpu": 1800.0, "cuda": 6 * 3600.0}
