@@ -250,7 +250,7 @@ def choose_step_s(draft: Draft) -> Choice:
     if draft["precision"] not in speeds:
         return Choice(None, "the speed of this machine was not measured", "hardware")
     patches = draft["batch_size"] * draft["accumulate_batches"]
-    share = CPU_CONV_SHARE[draft["precision"]] if draft["device"] == "cpu" else GPU_CONV_SHARE
+    share = CPU_CONV_SHARE.get(draft["precision"], 1.0) if draft["device"] == "cpu" else GPU_CONV_SHARE
     seconds = patches * step_cost(draft).patch_flops / (speeds[draft["precision"]] * 1e9) / share
     because = f"{patches * step_cost(draft).patch_flops / 1e9:.0f} Gflop at {speeds[draft['precision']]:.0f} Gflop/s"
     return Choice(seconds, f"{because}, convolutions being {share:.0%} of a step", "measured convolution")
