@@ -162,16 +162,35 @@ def choose_class_weights(draft: Draft) -> Choice:
 
 
 def choose_sampling_fraction(draft: Draft) -> Choice:
-    """Return the share of patches that are centred on a voxel of a class drawn by turn."""
+    """Return the share of patches that are centred on a voxel of a class."""
     rarest = min((_share(draft, entry.name), entry.name) for entry in draft["classes"])
-    because = f"each of {len(draft['classes'])} classes is centred in 1 of {2 * len(draft['classes'])} patches"
-    return Choice(0.5, f"{because}; {rarest[1]} fills only {rarest[0]:.2%}", "unmeasured; nnU-Net draws a third")
+    because = f"the other half shows tissue as it is; {rarest[1]} fills only {rarest[0]:.2%}"
+    return Choice(0.5, because, "unmeasured; nnU-Net draws a third")
+
+
+def choose_class_floor(draft: Draft) -> Choice:
+    """Return the share of patches in which every class that exists is centred at least."""
+    number = len(draft["classes"])
+    floor = draft["sampling.class_centred_fraction"] / 2 / number
+    turns = f"1 of {round(1 / floor)}" if floor else "none"
+    crops = [(sum(name in crop.counts and crop.counts[name].present > 0 for crop in _training_crops(draft)), name)
+             for name in (entry.name for entry in draft["classes"])]
+    fewest, name = min(crops)
+    because = f"each of {number} classes is centred in {turns} patches or more; {name} is in {fewest} crops"
+    return Choice(floor, because, "half of the centred share, split evenly; unmeasured")
+
+
+def choose_class_power(_: Draft) -> Choice:
+    """Return how the rest of the centred share depends on the number of voxels of a class."""
+    return Choice(0.5, "the other half of the centred share goes by the square root of voxels", "unmeasured")
 
 
 def choose_crops_per_step(draft: Draft) -> Choice:
-    """Return from how many crops a micro-batch is drawn."""
-    number = draft["batch_size"]
-    return Choice(number, "one place for each patch of the batch", "chunk caches hold this data")
+    """Return from how many places a step is drawn."""
+    patches = draft["batch_size"] * draft["accumulate_batches"]
+    number = max(1, -(-patches // 2))
+    because = f"{patches} patches of a step, two from each place: half as many chunks to decode"
+    return Choice(number, because, "measured on 20 crops of 200³")
 
 
 def choose_thresholds(draft: Draft) -> Choice:

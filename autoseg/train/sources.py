@@ -1,0 +1,187 @@
+"""One crop to learn from: where each class lies in it, a voxel of it at random, EM and codes of a box.
+
+Nothing of a crop stays open or in memory but its index: for each class the blocks that hold it, and how many of
+its voxels they hold, so that a voxel is found by one search and one look at a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.data.codes import INDEX_BLOCK, CropCodes
+from autoseg.data.em import EmReader, read_input
+from autoseg.errors import DataError
+from autoseg.geometry import Box, Grid, VoxelsZYX
+from autoseg.schema import Region
+
+MAX_OPEN_FILES = 4
+Codes = NDArray[Any]
+
+
+class CodeFile(NamedTuple):
+    """The label codes of a crop on disk, mapped when read."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    offset: int
+    shape_zyx: VoxelsZYX
+
+
+class BlockIndex(NamedTuple):
+    """For each column (a class) its blocks and, up to and with each of them, the number of its voxels."""
+
+    first: NDArray[np.int64]
+    blocks: NDArray[np.uint32]
+    cumulative: NDArray[np.unsignedinteger[Any]]
+
+    def column(self, column: int) -> slice:
+        """Return which entries belong to that column."""
+        return slice(int(self.first[column]), int(self.first[column + 1]))
+
+
+class Source(NamedTuple):
+    """A crop of the training split: `region` may teach, but nothing in the `hidden` boxes."""
+
+    name: str
+    region: Box
+    hidden: tuple[Box, ...]
+    file: CodeFile
+    grid: Grid
+    to_global: Codes
+    em: EmReader
+    index: BlockIndex
+    layers: NDArray[np.int64]
+
+    @property
+    def blocks_zyx(self) -> VoxelsZYX:
+        """Return how many index blocks lie along each axis."""
+        z, y, x = (-(-n // b) for n, b in zip(self.grid.shape_zyx, INDEX_BLOCK, strict=True))
+        return z, y, x
+
+
+def code_file(codes: CropCodes) -> CodeFile:
+    """Return where the codes lie; they must be mapped from a file."""
+    mapped = codes.codes_ZYX
+    if not isinstance(mapped, np.memmap) or mapped.filename is None:
+        raise TypeError("label codes of a crop are mapped from the cache")
+    return CodeFile(Path(mapped.filename), mapped.dtype, mapped.offset, codes.grid.shape_zyx)
+
+
+@functools.lru_cache(maxsize=MAX_OPEN_FILES)
+def map_codes(file: CodeFile) -> Codes:
+    """Return the codes, z, y, x, mapped; only so many crops stay open at a time."""
+    try:
+        return np.asarray(np.memmap(file.path, file.dtype, "r", file.offset, file.shape_zyx))
+    except (OSError, ValueError) as error:
+        raise DataError(file.path, f"cannot be read ({error})", "run again; the code cache is built anew") from None
+
+
+def block_box(shape_zyx: VoxelsZYX, number: int) -> Box:
+    """Return the index block of that number in raster order."""
+    (bz, by, bx), (_, ny, nx) = INDEX_BLOCK, (-(-n // b) for n, b in zip(shape_zyx, INDEX_BLOCK, strict=True))
+    z, y, x = number // (ny * nx) * bz, number // nx % ny * by, number % nx * bx
+    return Box((z, y, x), (z + bz, y + by, x + bx)).clip(Box.whole(shape_zyx))
+
+
+def usable_counts(codes: CropCodes, region: Box, hidden: tuple[Box, ...]) -> NDArray[Any]:
+    """Return `counts_BC` of the voxels in the region that are not hidden; blocks at a border are counted anew."""
+    counts: NDArray[Any] = codes.counts_BC
+    shape = codes.grid.shape_zyx
+    if region == Box.whole(shape) and not hidden:
+        return counts
+    counts = counts.copy()
+    for number in range(len(counts)):
+        box = block_box(shape, number)
+        inside = region.clip(box)
+        unseen = [h.clip(inside) for h in hidden if h.clip(inside).num_voxels]
+        if inside == box and not unseen:
+            continue
+        if any(part == inside for part in unseen) or inside.num_voxels == 0:
+            counts[number] = 0
+            continue
+        seen = np.ones(inside.shape_zyx, dtype=bool)
+        for part in unseen:
+            seen[part.relative_to(inside).slices] = False
+        counts[number] = np.bincount(codes.codes_ZYX[inside.slices][seen], minlength=counts.shape[1])
+    return counts
+
+
+def build_index(counts_BC: NDArray[Any], holds_CK: NDArray[np.bool_]) -> BlockIndex:
+    """Return the index of the columns: in column k count the codes for which `holds_CK` is true."""
+    counts_KB = np.rint(holds_CK.T.astype(np.float64) @ counts_BC.T.astype(np.float64)).astype(np.int64)
+    column, block = np.nonzero(counts_KB)
+    first = np.searchsorted(column, np.arange(len(counts_KB) + 1))
+    cumulative = np.cumsum(counts_KB, axis=1)[column, block]
+    small = cumulative.max(initial=0) < 2**32
+    return BlockIndex(first, block.astype(np.uint32), cumulative.astype(np.uint32 if small else np.uint64))
+
+
+def index_layers(grid: Grid, em: EmReader) -> NDArray[np.int64]:
+    """Return for each row of index blocks along z, and one past the end, in which layer of EM chunks it starts."""
+    corner_nm, depth_nm = em.chunk_layers_nm
+    rows = np.arange(-(-grid.shape_zyx[0] // INDEX_BLOCK[0])) * INDEX_BLOCK[0] * grid.voxel_size_nm[0]
+    layer: NDArray[np.int64] = np.floor((grid.corner_nm[0] + rows - corner_nm) / depth_nm + 1e-6).astype(np.int64)
+    return np.append(layer, layer[-1] + 1)
+
+
+def draw_layer(source: Source, column: int, rng: np.random.Generator) -> int:
+    """Return a layer of EM chunks, each as likely as it holds voxels of that column."""
+    entries = source.index.column(column)
+    cumulative = source.index.cumulative[entries]
+    block = source.index.blocks[entries][np.searchsorted(cumulative, rng.integers(cumulative[-1]), side="right")]
+    _, ny, nx = source.blocks_zyx
+    return int(source.layers[int(block) // (ny * nx)])
+
+
+def draw_voxel(
+    source: Source, column: int, wanted: NDArray[np.bool_], layer: int | None, rng: np.random.Generator
+) -> VoxelsZYX:
+    """Return a voxel of that column (global codes for which `wanted` is true), within the layer if one is given."""
+    entries = source.index.column(column)
+    cumulative, blocks = source.index.cumulative[entries], source.index.blocks[entries]
+    low, high = 0, int(cumulative[-1])
+    if layer is not None:
+        _, ny, nx = source.blocks_zyx
+        rows = np.searchsorted(source.layers, [layer, layer + 1]) * ny * nx
+        first, last = np.searchsorted(blocks, rows)
+        low, high = int(cumulative[first - 1]) if first else 0, int(cumulative[last - 1])
+    number = int(blocks[np.searchsorted(cumulative, low + int(rng.integers(high - low)), side="right")])
+    box = block_box(source.grid.shape_zyx, number).clip(source.region)
+    hits = np.take(wanted[source.to_global], map_codes(source.file)[box.slices], mode="clip")
+    for hidden in source.hidden:
+        hits[hidden.clip(box).relative_to(box).slices] = False
+    found = np.flatnonzero(hits)
+    if len(found) == 0:
+        folder = source.file.path.parent
+        raise DataError(folder, "damaged code cache (its counts are wrong)", "delete this folder; it is built anew")
+    z, y, x = np.unravel_index(found[rng.integers(len(found))], box.shape_zyx)
+    return int(z) + box.start[0], int(y) + box.start[1], int(x) + box.start[2]
+
+
+def read_source(source: Source, box: Box, input_slices: int) -> tuple[NDArray[np.float32], Codes]:
+    """Return (EM with channels first, global codes) of that box of the code grid; unknown where nothing may teach."""
+    inside = source.region.clip(box)
+    known = np.take(source.to_global, map_codes(source.file)[inside.slices], mode="clip")
+    codes = known
+    if inside != box:
+        codes = np.zeros(box.shape_zyx, dtype=known.dtype)
+        codes[inside.relative_to(box).slices] = known
+    for hidden in source.hidden:
+        codes[hidden.clip(box).relative_to(box).slices] = 0
+    image, valid = read_input(source.em, source.grid, box, input_slices)
+    if valid is not None:
+        codes[~valid] = 0
+    return image, codes
+
+
+def scale_box(region: Region, from_zyx: VoxelsZYX, to_zyx: VoxelsZYX) -> Box:
+    """Return the region's box on another grid of the same extent."""
+    box = region.box(from_zyx)
+    start = [round(a * t / f) for a, f, t in zip(box.start, from_zyx, to_zyx, strict=True)]
+    stop = [round(b * t / f) for b, f, t in zip(box.stop, from_zyx, to_zyx, strict=True)]
+    return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
