@@ -20,6 +20,7 @@ from autoseg.schema import Intensity
 NormalizationKind = Literal["dtype", "volume"]
 SAMPLED_CHUNKS = 64
 PADDING_SHARE = 0.02
+CHUNK_CACHE_BYTES = 128 * 2**20  # decoded EM that a process keeps
 
 
 class Normalizer(NamedTuple):

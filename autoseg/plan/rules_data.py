@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import Counter
 
+from autoseg.data.em import CHUNK_CACHE_BYTES
 from autoseg.data.split import derive_split, split_crops
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX
@@ -170,14 +171,13 @@ def choose_sampling_fraction(draft: Draft) -> Choice:
 
 def choose_class_floor(draft: Draft) -> Choice:
     """Return the share of patches in which every class that exists is centred at least."""
-    number = len(draft["classes"])
-    floor = draft["sampling.class_centred_fraction"] / 2 / number
-    turns = f"1 of {round(1 / floor)}" if floor else "none"
-    crops = [(sum(name in crop.counts and crop.counts[name].present > 0 for crop in _training_crops(draft)), name)
-             for name in (entry.name for entry in draft["classes"])]
-    fewest, name = min(crops)
-    because = f"each of {number} classes is centred in {turns} patches or more; {name} is in {fewest} crops"
-    return Choice(floor, because, "half of the centred share, split evenly; unmeasured")
+    names = [entry.name for entry in draft["classes"]]
+    floor = draft["sampling.class_centred_fraction"] / 2 / len(names)
+    crops = _training_crops(draft)
+    holders = [(sum(n in c.counts and c.counts[n].present > 0 for c in crops), n) for n in names]
+    fewest, rarest = min(holders)
+    because = f"{floor:.2%} of all patches or more for each of {len(names)} classes; {rarest} is in {fewest} of "
+    return Choice(floor, f"{because}{len(crops)} crops", "half of the centred share, split evenly; unmeasured")
 
 
 def choose_class_power(_: Draft) -> Choice:
@@ -186,11 +186,14 @@ def choose_class_power(_: Draft) -> Choice:
 
 
 def choose_crops_per_step(draft: Draft) -> Choice:
-    """Return from how many places a step is drawn."""
+    """Return from how many places a step is drawn: from fewer than it has patches where chunks do not stay decoded."""
     patches = draft["batch_size"] * draft["accumulate_batches"]
-    number = max(1, -(-patches // 2))
-    because = f"{patches} patches of a step, two from each place: half as many chunks to decode"
-    return Choice(number, because, "measured on 20 crops of 200³")
+    extents = [crop.grid.at_voxel_size(draft["voxel_size_nm"]).shape_zyx for crop in _training_crops(draft)]
+    em_bytes = sum(math.prod(extent) for extent in extents)
+    if em_bytes <= CHUNK_CACHE_BYTES:
+        return Choice(patches, "a place for each patch: the EM of all crops stays decoded", "chunk cache of a process")
+    because = f"two of {patches} patches from each place: {em_bytes / 2**20:.0f} MiB of EM do not stay decoded"
+    return Choice(-(-patches // 2), because, "chunk cache of a process")
 
 
 def choose_thresholds(draft: Draft) -> Choice:

@@ -151,7 +151,7 @@ def _augmentation(plan: Plan) -> Iterator[tuple[str, str, str]]:
     for name in ("missing_sections_max", "defocus_sections_max"):
         if getattr(augmentation, name) < 1:
             yield f"augmentation.{name}", f"{getattr(augmentation, name)}", "use at least 1"
-    if augmentation.elastic_sigma < 1:
-        yield "augmentation.elastic_sigma", f"{augmentation.elastic_sigma}", "use at least one voxel"
+    if augmentation.elastic_sigma <= 0:
+        yield "augmentation.elastic_sigma", f"{augmentation.elastic_sigma}", "use a positive number of voxels"
     if augmentation.missing_area_range[1] > 1:
         yield "augmentation.missing_area_range", f"{augmentation.missing_area_range[1]}", "a share is at most 1"

@@ -56,9 +56,7 @@ def _seeded(seed: int) -> Iterator[None]:
         random.setstate(python_state)
 
 
-def _mirror(
-    image_CZYX: Image, codes_ZYX: Codes, plan: Augmentation, rng: np.random.Generator
-) -> tuple[Image, Codes]:
+def _mirror(image_CZYX: Image, codes_ZYX: Codes, plan: Augmentation, rng: np.random.Generator) -> tuple[Image, Codes]:
     """Return views: mirrored along any axes, y and x swapped, z and y swapped."""
     mirror_z, mirror_y, mirror_x, swap_yx, swap_zy = (rng.random(5) < 0.5).tolist()
     if plan.flip:

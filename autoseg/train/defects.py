@@ -29,7 +29,11 @@ Sections = NDArray[np.float32]
 
 def mill(sections_SYX: Sections, plan: Augmentation, spared: int | None, rng: np.random.Generator) -> Sections:
     """Return the sections with drift, stripes and jitter, where they are drawn."""
-    drifts, stripes, jitters = rng.random(3) < (plan.drift_probability, plan.stripe_probability, plan.jitter_probability)
+    drifts, stripes, jitters = rng.random(3) < (
+        plan.drift_probability,
+        plan.stripe_probability,
+        plan.jitter_probability,
+    )
     if not (drifts or stripes or jitters):
         return sections_SYX
     axis = "zyx".index(plan.milling_axis)
@@ -72,9 +76,7 @@ def cut(sections_SYX: Sections, plan: Augmentation, spared: int | None, rng: np.
     return sections_SYX
 
 
-def smooth_noise(
-    shape: tuple[int, ...], widths: tuple[float, ...], rng: np.random.Generator
-) -> NDArray[np.float32]:
+def smooth_noise(shape: tuple[int, ...], widths: tuple[float, ...], rng: np.random.Generator) -> NDArray[np.float32]:
     """Return Gaussian noise of sd 1, smooth over that many samples (sd of a Gaussian) along each axis."""
     reach = [int(np.ceil(3 * width)) for width in widths]
     noise = rng.standard_normal([n + 2 * r for n, r in zip(shape, reach, strict=True)], np.float32)

@@ -89,9 +89,7 @@ class PatchSampler:
         shape = codes.grid.shape_zyx
         box = scale_box(region, crop.grid.shape_zyx, shape)
         hidden = tuple(
-            scale_box(other, crop.grid.shape_zyx, shape)
-            for other in plan.split.validate
-            if other.crop == region.crop
+            scale_box(other, crop.grid.shape_zyx, shape) for other in plan.split.validate if other.crop == region.crop
         )
         holds_CK = np.concatenate([states == PRESENT, (states != UNKNOWN).any(axis=1)[:, None]], axis=1)
         return Source(
@@ -102,7 +100,7 @@ class PatchSampler:
             grid=codes.grid,
             to_global=np.array([self._rows.setdefault(bytes(row), len(self._rows)) for row in states]),
             em=em,
-            index=build_index(usable_counts(codes, box, hidden), holds_CK),
+            block_index=build_index(usable_counts(codes, box, hidden), holds_CK),
             layers=index_layers(codes.grid, em),
         )
 
@@ -146,7 +144,9 @@ def narrowest(num_codes: int) -> np.dtype[Any]:
 
 def _totals(source: Source) -> list[int]:
     """Return the number of voxels of each class, and of known voxels, that may teach."""
-    columns = [source.index.cumulative[source.index.column(k)] for k in range(len(source.index.first) - 1)]
+    columns = [
+        source.block_index.cumulative[source.block_index.column(k)] for k in range(len(source.block_index.first) - 1)
+    ]
     return [int(cumulative[-1]) if len(cumulative) else 0 for cumulative in columns]
 
 

@@ -54,7 +54,7 @@ class Source(NamedTuple):
     grid: Grid
     to_global: Codes
     em: EmReader
-    index: BlockIndex
+    block_index: BlockIndex
     layers: NDArray[np.int64]
 
     @property
@@ -131,9 +131,9 @@ def index_layers(grid: Grid, em: EmReader) -> NDArray[np.int64]:
 
 def draw_layer(source: Source, column: int, rng: np.random.Generator) -> int:
     """Return a layer of EM chunks, each as likely as it holds voxels of that column."""
-    entries = source.index.column(column)
-    cumulative = source.index.cumulative[entries]
-    block = source.index.blocks[entries][np.searchsorted(cumulative, rng.integers(cumulative[-1]), side="right")]
+    entries = source.block_index.column(column)
+    cumulative = source.block_index.cumulative[entries]
+    block = source.block_index.blocks[entries][np.searchsorted(cumulative, rng.integers(cumulative[-1]), side="right")]
     _, ny, nx = source.blocks_zyx
     return int(source.layers[int(block) // (ny * nx)])
 
@@ -142,8 +142,8 @@ def draw_voxel(
     source: Source, column: int, wanted: NDArray[np.bool_], layer: int | None, rng: np.random.Generator
 ) -> VoxelsZYX:
     """Return a voxel of that column (global codes for which `wanted` is true), within the layer if one is given."""
-    entries = source.index.column(column)
-    cumulative, blocks = source.index.cumulative[entries], source.index.blocks[entries]
+    entries = source.block_index.column(column)
+    cumulative, blocks = source.block_index.cumulative[entries], source.block_index.blocks[entries]
     low, high = 0, int(cumulative[-1])
     if layer is not None:
         _, ny, nx = source.blocks_zyx

@@ -1,4 +1,4 @@
-"""Rotation, scaling, bending and misalignment of a patch: EM and codes move once, on one grid, whatever the classes.
+r"""Rotation, scaling, bending and misalignment of a patch: EM and codes move once, on one grid, whatever the classes.
 
 A warp is drawn before the patch is read, so that exactly what it needs is read::
 
@@ -135,7 +135,7 @@ def _bend(plan: Augmentation, frame: Frame, rng: np.random.Generator) -> NDArray
     `elastic_sigma`. Unless solid all sections of a patch are bent alike, along y and x.
     """
     shape = frame.patch_zyx if frame.solid else (1, *frame.patch_zyx[1:])
-    step = plan.elastic_sigma * math.sqrt(3)
+    step = max(1.0, plan.elastic_sigma * math.sqrt(3))
     weights = [spline_weights(n, step) if n > 1 else np.ones((1, 1), np.float32) for n in shape]
     num_axes = 3 if frame.solid else 2
     noise = rng.standard_normal((num_axes, *(w.shape[1] for w in weights)), np.float32)
@@ -143,14 +143,16 @@ def _bend(plan: Augmentation, frame: Frame, rng: np.random.Generator) -> NDArray
     bend = np.matmul(np.matmul(weights[1], bend), weights[2].T)
     spread = math.prod(float(np.sqrt((w**2).sum(axis=1).mean())) for w in weights)
     largest = BEND_SD_MAX * plan.elastic_magnitude
-    return np.clip(bend * np.float32(plan.elastic_magnitude / spread), -largest, largest).astype(np.float32)
+    cut: NDArray[np.float32] = np.clip(bend * np.float32(plan.elastic_magnitude / spread), -largest, largest)
+    return cut.astype(np.float32, copy=False)
 
 
 def spline_weights(length: int, step: float) -> NDArray[np.float32]:
     """Return the weights (length, knots) of cubic B-splines with knots `step` voxels apart; rows sum to 1."""
     places = np.arange(length) / step + 1
     t = np.abs(places[:, None] - np.arange(math.ceil((length - 1) / step) + 3))
-    return np.where(t < 1, (4 - 6 * t**2 + 3 * t**3) / 6, np.maximum(2 - t, 0) ** 3 / 6).astype(np.float32)
+    weights: NDArray[np.float64] = np.where(t < 1, (4 - 6 * t**2 + 3 * t**3) / 6, np.maximum(2 - t, 0) ** 3 / 6)
+    return weights.astype(np.float32)
 
 
 def _draw_shift(plan: Augmentation, frame: Frame, rng: np.random.Generator) -> Shift | None:
