@@ -79,7 +79,7 @@ class PatchSampler:
         totals = np.array([_totals(source) for source in self._sources])
         if totals[:, -1].sum() == 0:
             raise PlanError(plan.name, "no voxel of its classes is annotated in the training crops", "check the DATA")
-        self._turns = Turns(totals[:, -1], totals[:, :-1], plan.sampling, plan.seed)
+        self._turns = Turns(totals[:, -1].tolist(), totals[:, :-1], plan.sampling, plan.seed)
 
     def _open(self, crop: Crop, region: Region, em: EmReader, cache: Path) -> Source:
         plan = self.plan

@@ -49,9 +49,7 @@ def class_shares(num_present_K: NDArray[np.int64], sampling: Sampling) -> NDArra
 class Turns:
     """The order of turns of one plan: turn number t is the same whoever asks."""
 
-    def __init__(
-        self, known_N: Sequence[int] | NDArray[np.int64], present_NK: NDArray[np.int64], sampling: Sampling, seed: int
-    ) -> None:
+    def __init__(self, known_N: Sequence[int], present_NK: NDArray[np.int64], sampling: Sampling, seed: int) -> None:
         """Take the known voxels of each crop, and the voxels of each class in each crop."""
         shares = class_shares(present_NK.sum(axis=0), sampling)
         holds = (present_NK > 0).T
