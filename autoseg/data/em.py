@@ -17,10 +17,10 @@ from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX
 from autoseg.schema import Intensity
 
+CHUNK_CACHE_BYTES = 128 * 2**20  # decoded EM that a process keeps
 NormalizationKind = Literal["dtype", "volume"]
 SAMPLED_CHUNKS = 64
 PADDING_SHARE = 0.02
-CHUNK_CACHE_BYTES = 128 * 2**20  # decoded EM that a process keeps
 
 
 class Normalizer(NamedTuple):
