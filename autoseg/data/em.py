@@ -105,12 +105,6 @@ class EmReader:
         """Return where the finest level lies."""
         return self.multiscale.levels[0].grid
 
-    @property
-    def chunk_layers_nm(self) -> tuple[float, float]:
-        """Return where the first layer of chunks begins along z, and how thick a layer is, in nm."""
-        grid = self._level_grid
-        return grid.corner_nm[0], self._array.chunk_zyx[0] * grid.voxel_size_nm[0]
-
     def read(self, grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
         """Return (network input, which voxels are valid or None for all) on `grid`, both z, y, x."""
         offset = grid.aligned_with(self._level_grid)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from autoseg.data.codes import INDEX_BLOCK, CropCodes
 from autoseg.data.em import EmReader, read_input
+from autoseg.data.store import ArrayReader, ChunkCache
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, VoxelsZYX
 from autoseg.schema import Region
@@ -123,9 +124,12 @@ def build_index(counts_BC: NDArray[Any], holds_CK: NDArray[np.bool_]) -> BlockIn
 
 def index_layers(grid: Grid, em: EmReader) -> NDArray[np.int64]:
     """Return for each row of index blocks along z, and one past the end, in which layer of EM chunks it starts."""
-    corner_nm, depth_nm = em.chunk_layers_nm
+    level = em.multiscale.level_for(grid.voxel_size_nm)
+    depth_nm = ArrayReader(level.path, ChunkCache(0)).chunk_zyx[0] * level.grid.voxel_size_nm[0]
     rows = np.arange(-(-grid.shape_zyx[0] // INDEX_BLOCK[0])) * INDEX_BLOCK[0] * grid.voxel_size_nm[0]
-    layer: NDArray[np.int64] = np.floor((grid.corner_nm[0] + rows - corner_nm) / depth_nm + 1e-6).astype(np.int64)
+    layer: NDArray[np.int64] = np.floor((grid.corner_nm[0] + rows - level.grid.corner_nm[0]) / depth_nm + 1e-6).astype(
+        np.int64
+    )
     return np.append(layer, layer[-1] + 1)
 
 
