@@ -31,7 +31,10 @@ class Normalizer(NamedTuple):
 
     def __call__(self, grey: NDArray[Any]) -> NDArray[np.float32]:
         """Return the network input of these grey values, same shape."""
-        return (grey.astype(np.float32) - np.float32(self.offset)) * np.float32(1 / self.scale)
+        out: NDArray[np.float32] = grey.astype(np.float32)
+        out -= np.float32(self.offset)
+        out *= np.float32(1 / self.scale)
+        return out
 
 
 def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensity, float]:

@@ -117,9 +117,10 @@ class PatchSampler:
             places.append((turn, draw_layer(self._sources[turn.crop], self._column(turn), rng) if shared else None))
         image = torch.empty((size, plan.input_slices, *plan.patch_size_zyx))
         codes = torch.empty((size, *plan.patch_size_zyx), dtype=getattr(torch, self._dtype.name))
-        for i, (image_CZYX, codes_ZYX) in enumerate(zip(image.numpy(), codes.numpy(), strict=True)):
-            turn, layer = places[i % num_places]
-            image_CZYX[...], codes_ZYX[...] = self._patch(turn, layer, _generator(plan.seed, step, i + 1))
+        images, labels = image.numpy(), codes.numpy()
+        for first, (turn, layer) in enumerate(places):  # place by place, so that its chunks are decoded once
+            for i in range(first, size, num_places):
+                images[i], labels[i] = self._patch(turn, layer, _generator(plan.seed, step, i + 1))
         return Batch(image, codes, torch.from_numpy(self.states_CK.copy()))
 
     def _column(self, turn: Turn) -> int:

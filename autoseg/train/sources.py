@@ -27,7 +27,7 @@ Codes = NDArray[Any]
 class CodeFile(NamedTuple):
     """The label codes of a crop on disk, mapped when read."""
 
-    path: Path
+    path: str
     dtype: np.dtype[Any]
     offset: int
     shape_zyx: VoxelsZYX
@@ -70,7 +70,7 @@ def code_file(codes: CropCodes) -> CodeFile:
     mapped = codes.codes_ZYX
     if not isinstance(mapped, np.memmap) or mapped.filename is None:
         raise TypeError("label codes of a crop are mapped from the cache")
-    return CodeFile(Path(mapped.filename), mapped.dtype, mapped.offset, codes.grid.shape_zyx)
+    return CodeFile(str(mapped.filename), mapped.dtype, mapped.offset, codes.grid.shape_zyx)
 
 
 @functools.lru_cache(maxsize=MAX_OPEN_FILES)
@@ -161,7 +161,7 @@ def draw_voxel(
         hits[hidden.clip(box).relative_to(box).slices] = False
     found = np.flatnonzero(hits)
     if len(found) == 0:
-        folder = source.file.path.parent
+        folder = Path(source.file.path).parent
         raise DataError(folder, "damaged code cache (its counts are wrong)", "delete this folder; it is built anew")
     z, y, x = np.unravel_index(found[rng.integers(len(found))], box.shape_zyx)
     return int(z) + box.start[0], int(y) + box.start[1], int(x) + box.start[2]

@@ -207,40 +207,59 @@ def apply_warp(image_CZYX: Image, codes_ZYX: Codes, warp: Warp, frame: Frame) ->
         image_CZYX, codes_ZYX = _misalign(image_CZYX, codes_ZYX, warp.shift)
     if warp.matrix is None:
         return image_CZYX, codes_ZYX
-    solid = frame.solid
     channels, depth = image_CZYX.shape[:2]
+    axes = (0, 1, 2) if frame.solid else (1, 2)
+    places = _places(warp, frame, codes_ZYX.shape)
+    grid = np.empty((1, *places[0].shape, len(axes)), np.float32)
+    for i, a in enumerate(axes):
+        np.multiply(places[i], np.float32(2 / max(1, codes_ZYX.shape[a] - 1)), out=grid[0, ..., len(axes) - 1 - i])
+    grid -= 1
     image = torch.from_numpy(np.ascontiguousarray(image_CZYX))
-    codes = torch.from_numpy(codes_ZYX.astype(np.float32))
-    image = image[None] if solid else image.reshape(1, channels * depth, *image.shape[2:])
-    codes = codes[None, None] if solid else codes[None]
-    grid = _sample_grid(warp, frame, codes_ZYX.shape)
-    image = grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    codes = grid_sample(codes, grid, mode="nearest", padding_mode="zeros", align_corners=True)
-    patch = frame.patch_zyx
-    return image.numpy().reshape(channels, *patch), codes.numpy().reshape(patch).astype(codes_ZYX.dtype)
+    image = image[None] if frame.solid else image.reshape(1, channels * depth, *image.shape[2:])
+    image = grid_sample(image, torch.from_numpy(grid), mode="bilinear", padding_mode="border", align_corners=True)
+    volume = codes_ZYX[None] if frame.solid else codes_ZYX
+    codes = _nearest(volume, places)
+    return image.numpy().reshape(channels, *frame.patch_zyx), codes.reshape(frame.patch_zyx)
 
 
-def _sample_grid(warp: Warp, frame: Frame, read_zyx: tuple[int, ...]) -> torch.Tensor:
-    """Return where each voxel of the patch is taken from, for grid_sample: from -1 to 1, x first."""
+def _places(warp: Warp, frame: Frame, read_zyx: tuple[int, ...]) -> list[NDArray[np.float32]]:
+    """Return where each voxel of the patch is taken from, in voxels of what was read: an array for each axis."""
     assert warp.matrix is not None
     axes = (0, 1, 2) if frame.solid else (1, 2)
     offsets = [
-        (np.arange(frame.patch_zyx[a], dtype=np.float32) - (frame.patch_zyx[a] - 1) / 2).reshape(
+        (np.arange(frame.patch_zyx[a], dtype=np.float32) - np.float32((frame.patch_zyx[a] - 1) / 2)).reshape(
             [-1 if b == a else 1 for b in axes]
         )
         for a in axes
     ]
-    shape = tuple(frame.patch_zyx[a] for a in axes)
-    grid = np.empty((1, *shape, len(axes)), np.float32)
+    places = []
     for i, a in enumerate(axes):
-        unit = 2 / max(1, read_zyx[a] - 1)
-        place = grid[0, ..., len(axes) - 1 - i]
-        # the outermost axis last: the sum of the inner ones is small
-        inner = sum(np.float32(warp.matrix[a, b] * unit) * o for b, o in list(zip(axes, offsets, strict=True))[1:])
-        np.add(inner, np.float32(warp.matrix[a, axes[0]] * unit) * offsets[0], out=place)
+        terms = [np.float32(warp.matrix[a, b]) * offset for b, offset in zip(axes, offsets, strict=True)]
+        terms[-1] = terms[-1] + np.float32((read_zyx[a] - 1) / 2)
+        place = terms[0] + (terms[1] if len(terms) == 2 else terms[1] + terms[2])  # small arrays first
         if warp.bend_AZYX is not None:
-            place += (warp.bend_AZYX[i] if frame.solid else warp.bend_AZYX[i, 0]) * np.float32(unit)
-    return torch.from_numpy(grid)
+            place += warp.bend_AZYX[i] if frame.solid else warp.bend_AZYX[i, 0]
+        places.append(place)
+    return places
+
+
+def _nearest(volume: Codes, places: list[NDArray[np.float32]]) -> Codes:
+    """Return the values at the nearest voxels, the first axis kept; 0 for what lies outside."""
+    sizes = volume.shape[1:]
+    index = np.zeros(places[0].shape, np.int64)
+    outside = np.zeros(0, bool)
+    for place, size in zip(places, sizes, strict=True):
+        nearest = np.rint(place)
+        if nearest.min() < 0 or nearest.max() > size - 1:
+            beyond = (nearest < 0) | (nearest > size - 1)
+            outside = beyond if outside.size == 0 else outside | beyond
+            np.clip(nearest, 0, size - 1, out=nearest)
+        index *= size
+        index += nearest.astype(np.int64)
+    found = np.take(volume.reshape(len(volume), -1), index, axis=1, mode="clip")
+    if outside.size:
+        found[:, outside] = 0
+    return found
 
 
 def _misalign(image_CZYX: Image, codes_ZYX: Codes, shift: Shift) -> tuple[Image, Codes]:
