@@ -15,7 +15,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      rules_data.py · rules_split.py · rules_network.py · rules_training.py
     │                      (each: value, because, source)
     ├── train/             DOING IT
-    │                      patches.py (batch of step s) · augment.py · loader.py · step.py · schedule.py
+    │                      turns.py (whose turn) · sources.py (a crop) · patches.py (batch of step s) · loader.py
+    │                      augment.py · warp.py · defects.py · step.py · schedule.py
     │                      validation.py · thresholds.py · budget.py · loop.py · journal.py · signals.py
     ├── predict/           USING IT
     │                      volumes.py (what) · blocks.py (how) · decode.py · export.py (TIFF, HDF5)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,13 +20,17 @@ from strategies import make_dataset
 from test_planner import tiny_plan
 
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
+from autoseg.data.codes import index_blocks
 from autoseg.data.dataset import open_dataset
-from autoseg.errors import PlanError
-from autoseg.geometry import Box
-from autoseg.schema import Plan, Region, Split
+from autoseg.errors import DataError, PlanError
+from autoseg.geometry import Box, Grid, VoxelsZYX
+from autoseg.schema import Plan, Region, Sampling, Split
 from autoseg.train import batches
 from autoseg.train.loader import _start_worker
-from autoseg.train.patches import Batch, PatchSampler, place_patch, scale_box
+from autoseg.train.patches import Batch, PatchSampler, narrowest
+from autoseg.train.sources import build_index, draw_layer, draw_voxel, scale_box, usable_counts
+from autoseg.train.turns import ROUND, Turns, class_shares
+from autoseg.train.warp import place_patch
 
 NO_AUGMENTATION = {"augmentation.preset": "none"}
 
@@ -73,10 +79,11 @@ def test_batches_end_where_the_run_ends(place: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-def test_spawned_workers_give_the_batches_of_this_process(place: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_spawned_workers_give_the_batches_of_this_process(place: tuple[Path, Path], num_workers: int) -> None:
     plan = tiny_plan(*place, {"augmentation.preset": "sstem"})
     here = list(batches(plan, place[0], start_step=3, stop_step=7, cache=place[1]))
-    spread = msgspec.structs.replace(plan, num_workers=2)
+    spread = msgspec.structs.replace(plan, num_workers=num_workers)
     spawned = list(batches(spread, place[0], start_step=3, stop_step=7, cache=place[1]))
     assert len(spawned) == 4
     assert all(same(a, b) for a, b in zip(here, spawned, strict=True))
@@ -158,7 +165,7 @@ def test_centred_patches_hold_every_class_in_its_turn(place: tuple[Path, Path]) 
     holds = np.array([(states_of(one.batch(s)) == PRESENT).any(dim=3).any(dim=2).any(dim=1) for s in range(100)])
     shares = holds.reshape(-1, 3).mean(axis=0)
     assert holds.reshape(-1, 3).any(axis=1).all(), "a centred patch holds the class it is centred on"
-    assert shares.min() > 1 / 3 - 0.1, f"every class by turn: {shares}"
+    assert shares.min() > plan.sampling.class_floor, f"every class in its turn: {shares}"
     inner = np.array([(states_of(one.batch(s))[:, 0, 4:12, 4:12] == PRESENT).any(dim=2).any(dim=1) for s in range(50)])
     assert inner.reshape(-1, 3).any(axis=1).mean() > 0.9, "in its inner half"
 
@@ -179,6 +186,214 @@ def test_a_rare_class_is_seen_far_more_often_than_it_occurs(tmp_path: Path) -> N
         one = sampler(tiny_plan(data, cache, base | {"sampling.class_centred_fraction": fraction}), (data, cache))
         shares.append(np.mean([(states_of(one.batch(s)) == PRESENT).float().mean() for s in range(60)]))
     assert shares[1] > shares[0]
+
+
+# ---- whose turn it is ---------------------------------------------------------------------------------------
+
+
+def sampling(fraction: float = 0.5, floor: float = 0.01, power: float = 0.5, crops: int = 1) -> Sampling:
+    return Sampling(class_centred_fraction=fraction, class_floor=floor, class_power=power, crops_per_step=crops)
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=12), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_every_class_that_exists_gets_its_floor_and_all_shares_make_the_fraction(
+    voxels: list[int], fraction: float, part: float, power: float
+) -> None:
+    floor = fraction / len(voxels) * part
+    shares = class_shares(np.array(voxels), sampling(fraction, floor, power))
+    exists = np.array(voxels) > 0
+    assert (shares[exists] >= floor - 1e-12).all()
+    assert (shares[~exists] == 0).all()
+    assert shares.sum() == pytest.approx(fraction if exists.any() else 0)
+    order = np.argsort(np.array(voxels), kind="stable")
+    assert (np.diff(shares[order]) >= -1e-12).all(), "a class with more voxels is centred no less often"
+
+
+def test_what_is_left_goes_by_the_square_root_of_voxels() -> None:
+    shares = class_shares(np.array([100, 10_000, 0]), sampling(0.5, 0.05))
+    assert shares == pytest.approx([0.05 + 0.4 / 11, 0.05 + 0.4 * 10 / 11, 0])
+    alike = class_shares(np.array([100, 10_000]), sampling(0.5, 0.0, 0.0))
+    assert alike == pytest.approx([0.25, 0.25])
+
+
+def test_a_class_in_19_of_289_crops_is_centred_as_often_as_the_floor_says_and_its_crops_take_turns() -> None:
+    """Its voxels lie almost all in one crop, and are a millionth of the others'."""
+    rng = np.random.default_rng(0)
+    known = (10 ** rng.uniform(5, 9, 289)).astype(np.int64)
+    present = np.stack([known // 3, known // 50, np.zeros(289, np.int64)], axis=1)
+    rare = np.sort(rng.choice(289, 19, replace=False))
+    present[rare, 2] = [10_000, *[7] * 18]
+    turns = Turns(known.tolist(), present, sampling(0.5, 0.02), seed=5)
+    rounds = 60
+    drawn = [turns.turn(number) for number in range(ROUND * rounds)]
+    classes = np.array([-1 if turn.class_index is None else turn.class_index for turn in drawn])
+    for start in range(0, len(drawn), ROUND):
+        counts = np.bincount(classes[start : start + ROUND] + 1, minlength=4)
+        assert counts[3] >= int(0.02 * ROUND), "in every round, not only on average"
+        assert abs(counts[0] - ROUND / 2) <= 1
+    crops = np.array([turn.crop for turn in drawn])
+    of_rare = np.bincount(crops[classes == 2], minlength=289)
+    assert set(np.flatnonzero(of_rare)) == set(rare.tolist())
+    expected = of_rare.sum() / 19
+    assert np.abs(of_rare[rare] - expected).max() <= 2, "whatever their size"
+    anywhere = np.bincount(crops[classes == -1], minlength=289)
+    assert np.abs(anywhere - known / known.sum() * anywhere.sum()).max() <= 4, "any known voxel is as likely as another"
+
+
+def test_a_turn_is_a_function_of_its_number_and_the_seed() -> None:
+    known, present = [10, 20], np.array([[1, 2], [3, 0]])
+    turns = Turns(known, present, sampling(), seed=1)
+    numbers = [5000, 3, 1024, 3, 0]
+    assert [turns.turn(n) for n in numbers] == [Turns(known, present, sampling(), seed=1).turn(n) for n in numbers]
+    straight = [turns.turn(n) for n in range(64)]
+    assert straight != [Turns(known, present, sampling(), seed=2).turn(n) for n in range(64)]
+    assert straight != [turns.turn(n) for n in range(ROUND, ROUND + 64)]
+    nothing = Turns(known, np.zeros((2, 2), np.int64), sampling(), seed=1)
+    assert {nothing.turn(n).class_index for n in range(64)} == {None}
+    assert {nothing.turn(n).crop for n in range(64)} == {0, 1}
+
+
+@pytest.mark.parametrize("places_per_step", [1, 2, 4])
+def test_batches_centre_each_class_as_often_as_the_plan_states(place: tuple[Path, Path], places_per_step: int) -> None:
+    """A patch of one voxel is the voxel that it is centred on."""
+    settings = {"batch_size": 4, "sampling.class_floor": 0.15, "sampling.crops_per_step": places_per_step}
+    plan = tiny_plan(*place, NO_AUGMENTATION | settings | {"sampling.class_centred_fraction": 0.6})
+    one = sampler(msgspec.structs.replace(plan, patch_size_zyx=(1, 1, 1)), place)
+    steps = ROUND // places_per_step
+    present = [(states_of(one.batch(s)) == PRESENT).reshape(4, 3).sum(dim=0) for s in range(steps)]
+    shares = torch.stack(present).sum(dim=0) / (4 * steps)
+    assert (shares >= 0.15 - 2 / ROUND).all()
+    assert shares.sum() > 0.6, "the uniform patches hold classes, too"
+
+
+# ---- where a class lies -------------------------------------------------------------------------------------
+
+
+def some_codes(shape: VoxelsZYX, seed: int, num_codes: int = 4) -> Any:
+    """Return random code volumes with the counts of their blocks."""
+    rng = np.random.default_rng(seed)
+    volume = rng.choice(num_codes, shape, p=[0.7] + [0.3 / (num_codes - 1)] * (num_codes - 1)).astype(np.uint8)
+    counts = [np.bincount(volume[box.slices].ravel(), minlength=num_codes) for box in index_blocks(shape)]
+    grid = Grid(shape, (8, 8, 8), (0, 0, 0))
+    return SimpleNamespace(grid=grid, codes_ZYX=volume, counts_BC=np.array(counts, np.uint32))
+
+
+@settings(max_examples=25)
+@given(st.tuples(st.integers(1, 40), st.integers(1, 150), st.integers(1, 150)), st.integers(0, 2**31))
+def test_counts_are_of_what_may_teach_alone(shape: VoxelsZYX, seed: int) -> None:
+    codes, rng = some_codes(shape, seed), np.random.default_rng(seed + 1)
+
+    def box() -> Box:
+        ends = [sorted(rng.integers(0, n + 1, 2).tolist()) for n in shape]
+        return Box((ends[0][0], ends[1][0], ends[2][0]), (ends[0][1], ends[1][1], ends[2][1]))
+
+    region, hidden = (Box.whole(shape) if seed % 3 == 0 else box()), tuple(box() for _ in range(seed % 3))
+    allowed = np.zeros(shape, bool)
+    allowed[region.slices] = True
+    for other in hidden:
+        allowed[other.slices] = False
+    counts = usable_counts(codes, region, hidden)
+    for number, block in enumerate(index_blocks(shape)):
+        seen = codes.codes_ZYX[block.slices][allowed[block.slices]]
+        assert np.array_equal(counts[number], np.bincount(seen, minlength=4))
+    holds = rng.random((4, 3)) < 0.5
+    index = build_index(counts, holds)
+    for k in range(3):
+        entries = index.column(k)
+        per_block = np.zeros(len(counts), np.int64)
+        per_block[index.blocks[entries]] = np.diff(index.cumulative[entries].astype(np.int64), prepend=0)
+        assert np.array_equal(per_block, counts @ holds[:, k])
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return (DATA, cache) of crops of 80 sections: two layers of chunks, ten rows of index blocks."""
+    folder = tmp_path_factory.mktemp("deep")
+    data = make_dataset(folder / "data", shape=(80, 72, 24), voxel_size_nm=(8.0, 8.0, 8.0))
+    return data, folder / "cache"
+
+
+@pytest.mark.parametrize("by_layers", [True, False])
+def test_voxels_of_a_class_are_drawn_alike_wherever_they_lie(deep: tuple[Path, Path], by_layers: bool) -> None:
+    """Layer by layer of EM chunks, then within the layer: in the end, every voxel is as likely."""
+    one = sampler(tiny_plan(*deep, NO_AUGMENTATION), deep)
+    source, wanted = one._sources[0], one._wanted_KC[1]
+    assert source.layers.tolist() == [0] * 8 + [1] * 2 + [2]
+    present = wanted[source.to_global[source.codes.codes_ZYX]]
+    assert source.hidden, "a box of the crop validates"
+    for hidden in source.hidden:
+        present[hidden.slices] = False
+    rng, drawn = np.random.default_rng(0), np.zeros(present.shape, int)
+    for _ in range(6000):
+        layer = draw_layer(source, 1, rng) if by_layers else None
+        voxel = draw_voxel(source, 1, wanted, layer, rng)
+        assert layer is None or layer == voxel[0] // 64
+        drawn[voxel] += 1
+    assert not drawn[~present].any()
+    for axes in ((1, 2), (0, 2), (0, 1)):
+        expected = present.sum(axis=axes) / present.sum() * 6000
+        found, expected = drawn.sum(axis=axes)[expected > 0], expected[expected > 0]
+        assert ((found - expected) ** 2 / expected).sum() < len(found) + 5 * np.sqrt(2 * len(found))
+
+
+def test_patches_of_one_place_share_crop_and_layer_of_chunks(deep: tuple[Path, Path]) -> None:
+    settings = {"batch_size": 8, "sampling.crops_per_step": 2, "patch_size_zyx": (1, 16, 16)}
+    one = sampler(tiny_plan(*deep, NO_AUGMENTATION | settings), deep)
+    asked: list[tuple[int, int | None]] = []
+    draw = PatchSampler._patch
+
+    def patch(self: PatchSampler, turn: Any, layer: int | None, rng: Any) -> Any:
+        asked.append((turn.crop, layer))
+        return draw(self, turn, layer, rng)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PatchSampler, "_patch", patch)
+        for step in range(12):
+            one.batch(step)
+    steps = [asked[i : i + 8] for i in range(0, len(asked), 8)]
+    assert all(len(set(step[:4])) == len(set(step[4:])) == 1 for step in steps), "four patches of each of two places"
+    assert {layer for _, layer in asked} == {0, 1}
+
+
+def test_a_code_cache_that_vanishes_is_built_again(tmp_path: Path) -> None:
+    data, cache = make_dataset(tmp_path / "data"), tmp_path / "cache"
+    one = sampler(tiny_plan(data, cache), (data, cache))
+    before = one.batch(3)
+    shutil.rmtree(cache / "codes")
+    assert same(one.batch(3), before)
+
+
+def test_counts_that_are_wrong_are_named(tmp_path: Path) -> None:
+    data, cache = make_dataset(tmp_path / "data"), tmp_path / "cache"
+    plan = tiny_plan(data, cache)
+    for folder in (cache / "codes").iterdir():
+        np.save(folder / "counts.npy", np.load(folder / "counts.npy")[:, ::-1].copy())
+        codes = np.load(folder / "codes.npy")
+        np.save(folder / "codes.npy", np.full_like(codes, int(np.load(folder / "counts.npy").sum(axis=0).argmin())))
+    one = sampler(plan, (data, cache))
+    with pytest.raises(DataError, match=r"its counts are wrong.*delete this folder"):
+        list(map(one.batch, range(20)))
+
+
+@pytest.mark.parametrize(("number", "name"), [(1, "uint8"), (256, "uint8"), (257, "int16"), (2**15 + 1, "int32")])
+def test_codes_travel_in_the_narrowest_dtype_that_holds_them(number: int, name: str) -> None:
+    dtype = narrowest(number)
+    assert dtype.name == name
+    assert np.iinfo(dtype).max >= number - 1
+
+
+def test_rotated_patches_still_hold_the_class_that_they_are_centred_on(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", shape=(24, 48, 48), voxel_size_nm=(8.0, 8.0, 8.0))
+    cubic = {"voxel_size_nm": (8.0, 8.0, 8.0), "patch_size_zyx": (4, 16, 16), "batch_size": 4}
+    turned = {"augmentation.rotation_probability": 1.0, "sampling.class_centred_fraction": 1.0}
+    plan = tiny_plan(data, tmp_path / "cache", NO_AUGMENTATION | cubic | turned)
+    one = sampler(plan, (data, tmp_path / "cache"))
+    missed = 0
+    for step in range(20):
+        held = (states_of(one.batch(step)) == PRESENT).any(dim=3).any(dim=2).any(dim=1)
+        turns = [one._turns.turn(step * plan.sampling.crops_per_step + i) for i in range(plan.sampling.crops_per_step)]
+        missed += sum(not held[i, turns[i % len(turns)].class_index] for i in range(4))
+    assert missed <= 2, "but for a lone voxel at the border, lost in the nearest-voxel grid"
 
 
 # ---- what must stay unseen ----------------------------------------------------------------------------------

@@ -126,8 +126,9 @@ def make_plan(names: tuple[str, ...], **changes: Any) -> Plan:
         name="machine", gpus=(), cpu_name="a CPU", cpu_threads=2, cpu_bf16=True, ram_bytes=2**34, shm_bytes=2**30
     )
     levels = {"features": (8, 16), "kernels_zyx": ((1, 3, 3), (1, 3, 3)), "strides_zyx": ((1, 2, 2),)}
+    made_up: dict[Any, Any] = {float: 0.5, bool: False, int: 2, tuple[float, float]: (0.5, 1.0)}
     augmentation = {
-        field.name: 0.5 if field.type is float else False if field.type is bool else (0.5, 1.0)
+        field.name: made_up.get(field.type, "z")
         for field in msgspec.structs.fields(Augmentation)
         if field.name != "preset"
     }
@@ -153,7 +154,7 @@ def make_plan(names: tuple[str, ...], **changes: Any) -> Plan:
         heads=(Head(name="semantic", classes=names),),
         loss=Loss(kind="bce", focal_gamma=2.0, tversky_alpha=0.5, tversky_beta=0.5, smooth=1.0, **weights),
         class_weights=dict.fromkeys(names, 1.0),
-        sampling=Sampling(class_centred_fraction=0.5, crops_per_step=4),
+        sampling=Sampling(class_centred_fraction=0.5, class_floor=0.1, class_power=0.5, crops_per_step=4),
         normalization=Normalization(kind="dtype"),
         init=None,
         augmentation=Augmentation(preset="light", **augmentation),  # type: ignore[arg-type]

@@ -340,6 +340,9 @@ CONTRADICTIONS: list[tuple[str, Callable[[], dict[str, Any]]]] = [
     ("seed", field(seed=-1)),
     ("sampling.crops_per_step", part("sampling", crops_per_step=0)),
     ("sampling.class_centred_fraction", part("sampling", class_centred_fraction=1.01)),
+    ("sampling.class_floor", part("sampling", class_floor=0.26)),
+    ("sampling.class_floor", part("sampling", class_floor=-0.1)),
+    ("sampling.class_power", part("sampling", class_power=1.5)),
     ("optimizer.num_steps", part("optimizer", num_steps=0)),
     ("optimizer.num_steps", part("optimizer", num_steps=None)),
     ("optimizer.learning_rate", part("optimizer", learning_rate=0.0)),
@@ -353,6 +356,14 @@ CONTRADICTIONS: list[tuple[str, Callable[[], dict[str, Any]]]] = [
     ("loss", part("loss", bce_weight=-1.0)),
     ("augmentation.scale_range", lambda: {"augmentation": no_augmentation(scale_range=(1.1, 1.4))}),
     ("augmentation.scale_range", lambda: {"augmentation": no_augmentation(scale_range=(0.0, 1.4))}),
+    ("augmentation.drift_probability", lambda: {"augmentation": no_augmentation(drift_probability=1.1)}),
+    ("augmentation.missing_partial_share", lambda: {"augmentation": no_augmentation(missing_partial_share=-0.1)}),
+    ("augmentation.stripe_sd", lambda: {"augmentation": no_augmentation(stripe_sd=-1.0)}),
+    ("augmentation.misalign_max", lambda: {"augmentation": no_augmentation(misalign_max=-1)}),
+    ("augmentation.gamma_range", lambda: {"augmentation": no_augmentation(gamma_range=(1.4, 0.7))}),
+    ("augmentation.missing_sections_max", lambda: {"augmentation": no_augmentation(missing_sections_max=0)}),
+    ("augmentation.missing_area_range", lambda: {"augmentation": no_augmentation(missing_area_range=(0.5, 1.5))}),
+    ("augmentation.elastic_sigma", lambda: {"augmentation": no_augmentation(elastic_sigma=0.0)}),
 ]
 
 

@@ -19,6 +19,7 @@ from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX
 from autoseg.schema import Intensity
 
+CHUNK_CACHE_BYTES = 128 * 2**20  # decoded EM that a process keeps
 NormalizationKind = Literal["dtype", "volume"]
 SAMPLED_CHUNKS = 64
 PADDING_SHARE = 0.02
@@ -33,7 +34,10 @@ class Normalizer(NamedTuple):
 
     def __call__(self, grey: NDArray[Any]) -> NDArray[np.float32]:
         """Return the network input of these grey values, same shape."""
-        return (grey.astype(np.float32) - np.float32(self.offset)) * np.float32(1 / self.scale)
+        out: NDArray[np.float32] = grey.astype(np.float32)
+        out -= np.float32(self.offset)
+        out *= np.float32(1 / self.scale)
+        return out
 
 
 def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensity, float]:

@@ -73,6 +73,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("normalization.kind", data.choose_normalization),
     ("class_weights", data.choose_class_weights),
     ("sampling.class_centred_fraction", data.choose_sampling_fraction),
+    ("sampling.class_floor", data.choose_class_floor),
+    ("sampling.class_power", data.choose_class_power),
     ("sampling.crops_per_step", data.choose_crops_per_step),
     ("budget_s", network.choose_budget),
     ("augmentation.preset", training.choose_preset),

@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 
 from autoseg.data.classes import cellmap_table
+from autoseg.data.em import CHUNK_CACHE_BYTES
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX, coarser_voxel_size
 from autoseg.plan.draft import Choice, Draft
@@ -206,16 +207,37 @@ def choose_class_weights(draft: Draft) -> Choice:
 
 
 def choose_sampling_fraction(draft: Draft) -> Choice:
-    """Return the share of patches that are centred on a voxel of a class drawn by turn."""
+    """Return the share of patches that are centred on a voxel of a class."""
     rarest = min((_share(draft, entry.name), entry.name) for entry in draft["classes"])
-    because = f"each of {len(draft['classes'])} classes is centred in 1 of {2 * len(draft['classes'])} patches"
-    return Choice(0.5, f"{because}; {rarest[1]} fills only {rarest[0]:.2%}", "unmeasured; nnU-Net draws a third")
+    because = f"the other half shows tissue as it is; {rarest[1]} fills only {rarest[0]:.2%}"
+    return Choice(0.5, because, "unmeasured; nnU-Net draws a third")
+
+
+def choose_class_floor(draft: Draft) -> Choice:
+    """Return the share of patches in which every class that exists is centred at least."""
+    names = [entry.name for entry in draft["classes"]]
+    floor = draft["sampling.class_centred_fraction"] / 2 / len(names)
+    crops = _training_crops(draft)
+    holders = [(sum(n in c.counts and c.counts[n].present > 0 for c in crops), n) for n in names]
+    fewest, rarest = min(holders)
+    because = f"{floor:.2%} of all patches or more for each of {len(names)} classes; {rarest} is in {fewest} of "
+    return Choice(floor, f"{because}{len(crops)} crops", "half of the centred share, split evenly; unmeasured")
+
+
+def choose_class_power(_: Draft) -> Choice:
+    """Return how the rest of the centred share depends on the number of voxels of a class."""
+    return Choice(0.5, "the other half of the centred share goes by the square root of voxels", "unmeasured")
 
 
 def choose_crops_per_step(draft: Draft) -> Choice:
-    """Return from how many crops a micro-batch is drawn."""
-    number = draft["batch_size"]
-    return Choice(number, "one place for each patch of the batch", "chunk caches hold this data")
+    """Return from how many places a step is drawn: from fewer than it has patches where chunks do not stay decoded."""
+    patches = draft["batch_size"] * draft["accumulate_batches"]
+    extents = [crop.grid.at_voxel_size(draft["voxel_size_nm"]).shape_zyx for crop in _training_crops(draft)]
+    em_bytes = sum(math.prod(extent) for extent in extents)
+    if em_bytes <= CHUNK_CACHE_BYTES:
+        return Choice(patches, "a place for each patch: the EM of all crops stays decoded", "chunk cache of a process")
+    because = f"two of {patches} patches from each place: {em_bytes / 2**20:.0f} MiB of EM do not stay decoded"
+    return Choice(-(-patches // 2), because, "chunk cache of a process")
 
 
 def choose_thresholds(draft: Draft) -> Choice:

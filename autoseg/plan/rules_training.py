@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from autoseg.plan.draft import Choice, Draft
@@ -27,8 +28,32 @@ _NONE: dict[str, Any] = {
     "noise_sd_max": 0.1,
     "blur_probability": 0.0,
     "blur_sigma_range": (0.5, 1.0),
+    "milling_axis": "z",
+    "drift_probability": 0.0,
+    "drift_sd": 0.2,
+    "drift_length": 8.0,
+    "stripe_probability": 0.0,
+    "stripe_sd": 0.15,
+    "stripe_width": 2.0,
+    "jitter_probability": 0.0,
+    "jitter_sd": 0.5,
     "missing_section_probability": 0.0,
+    "missing_sections_max": 2,
+    "missing_partial_share": 0.5,
+    "missing_area_range": (0.25, 0.75),
+    "lost_section_probability": 0.0,
+    "misalign_probability": 0.0,
+    "misalign_slip_share": 0.3,
+    "misalign_max": 8,
+    "defocus_probability": 0.0,
+    "defocus_sections_max": 2,
+    "defocus_sigma_range": (1.0, 3.0),
+    "section_contrast_probability": 0.0,
+    "section_contrast_range": (0.8, 1.25),
+    "section_brightness_sd": 0.15,
 }
+# The presets are written for input of sd 1; input by dtype has another sd, and these follow it.
+_IN_UNITS_OF_INPUT = ("brightness_sd", "noise_sd_max", "drift_sd", "stripe_sd", "section_brightness_sd")
 _FLIPS = _NONE | {"flip": True, "right_angles": True}
 _LIGHT = _FLIPS | {"contrast_probability": 1.0, "brightness_sd": 0.15}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -43,6 +68,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gamma_probability": 0.2,
         "noise_probability": 0.2,
         "blur_probability": 0.2,
+        "drift_probability": 0.2,
+        "stripe_probability": 0.1,
+        "jitter_probability": 0.1,
     },
     "sstem": _LIGHT
     | {
@@ -53,7 +81,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gamma_probability": 0.2,
         "noise_probability": 0.2,
         "blur_probability": 0.1,
-        "missing_section_probability": 0.02,
+        "missing_section_probability": 0.05,
+        "lost_section_probability": 0.05,
+        "misalign_probability": 0.1,
+        "defocus_probability": 0.1,
+        "section_contrast_probability": 0.2,
     },
 }
 
@@ -71,18 +103,32 @@ def choose_preset(draft: Draft) -> Choice:
         return Choice(
             "sstem",
             f"{z:g} nm sections: grey values vary from one to the next",
-            "nnU-Net's shares, plus lost sections",
+            "nnU-Net's shares; defects after DeepEM and PyTorch Connectomics, milder",
         )
-    return Choice("fib-sem", "near-isotropic voxels: noise, blur and drift, any orientation", "nnU-Net's shares")
+    because = "near-isotropic voxels: noise, blur, drift, stripes and jitter, any orientation"
+    return Choice("fib-sem", because, "nnU-Net's shares; defects of milling, unmeasured")
 
 
 def choose_augmentation_field(draft: Draft, field: str) -> Choice:
     """Return one parameter of the preset."""
-    value = PRESETS[draft["augmentation.preset"]][field]
-    if field == "transpose_z" and draft["augmentation.preset"] == "fib-sem":
+    preset = draft["augmentation.preset"]
+    value = PRESETS[preset][field]
+    if field == "transpose_z" and preset == "fib-sem":
         z, y, x = draft["voxel_size_nm"]
         value = draft["patch_size_zyx"][0] > 1 and max(z, y, x) < 1.5 * min(z, y, x)
-    return Choice(value, f"preset {draft['augmentation.preset']}", "augmentation.preset")
+    if field in _IN_UNITS_OF_INPUT and draft["normalization.kind"] == "dtype":
+        sd = _input_sd(draft)
+        return Choice(value * sd, f"preset {preset}, of input of sd {sd:.3g}", "augmentation.preset")
+    return Choice(value, f"preset {preset}", "augmentation.preset")
+
+
+def _input_sd(draft: Draft) -> float:
+    """Return the mean sd of the volumes as a share of the range of their dtype."""
+    shares = []
+    for volume in draft.fingerprint.volumes:
+        bits = int(re.sub(r"\D", "", volume.dtype) or 0)
+        shares.append(volume.intensity.sd / (2.0**bits - 1) if "int" in volume.dtype and bits else 1.0)
+    return sum(shares) / len(shares)
 
 
 def choose_learning_rate(draft: Draft) -> Choice:

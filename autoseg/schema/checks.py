@@ -126,10 +126,36 @@ def _run(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "optimizer.gradient_clip_norm", f"{plan.optimizer.gradient_clip_norm}", "use a positive norm"
     if not 0 <= plan.sampling.class_centred_fraction <= 1:
         yield "sampling.class_centred_fraction", f"{plan.sampling.class_centred_fraction}", "use a share from 0 to 1"
+    floor, most = plan.sampling.class_floor, plan.sampling.class_centred_fraction / max(1, len(plan.classes))
+    if not 0 <= floor <= most * (1 + 1e-9):
+        yield "sampling.class_floor", f"{floor} for each of {len(plan.classes)} classes", f"use 0 to {most:.4g}"
+    if not 0 <= plan.sampling.class_power <= 1:
+        yield "sampling.class_power", f"{plan.sampling.class_power}", "use 0 (all alike) to 1 (by voxels)"
     if not 0 <= plan.optimizer.ema_decay < 1:
         yield "optimizer.ema_decay", f"{plan.optimizer.ema_decay}", "use 0 (off) to below 1"
     if not 0 <= plan.schedule.warmup_fraction < 1:
         yield "schedule.warmup_fraction", f"{plan.schedule.warmup_fraction}", "use 0 to below 1"
-    low, high = plan.augmentation.scale_range
+    yield from _augmentation(plan)
+
+
+def _augmentation(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    augmentation = plan.augmentation
+    low, high = augmentation.scale_range
     if not 0 < low <= 1 <= high:
         yield "augmentation.scale_range", f"{low}, {high}", "the range holds 1"
+    for name in augmentation.__struct_fields__:
+        value = getattr(augmentation, name)
+        field = f"augmentation.{name}"
+        if name.endswith(("_probability", "_share")) and not 0 <= value <= 1:
+            yield field, f"{value}", "use a share from 0 to 1"
+        elif name.endswith("_range") and not 0 <= value[0] <= value[1]:
+            yield field, f"{value[0]}, {value[1]}", "give the lower bound first, from 0"
+        elif name.endswith(("_sd", "_sd_max", "_max", "_magnitude", "_width", "_length")) and value < 0:
+            yield field, f"{value}", "use 0 or more"
+    for name in ("missing_sections_max", "defocus_sections_max"):
+        if getattr(augmentation, name) < 1:
+            yield f"augmentation.{name}", f"{getattr(augmentation, name)}", "use at least 1"
+    if augmentation.elastic_sigma <= 0:
+        yield "augmentation.elastic_sigma", f"{augmentation.elastic_sigma}", "use a positive number of voxels"
+    if augmentation.missing_area_range[1] > 1:
+        yield "augmentation.missing_area_range", f"{augmentation.missing_area_range[1]}", "a share is at most 1"

@@ -77,9 +77,17 @@ class Loss(Record, frozen=True, kw_only=True):
 
 
 class Sampling(Record, frozen=True, kw_only=True):
-    """How patches are drawn: a share of them centred on a voxel of a class, classes by turn at random."""
+    """How patches are drawn; shares are of all patches.
+
+    `class_centred_fraction` of them is centred on a voxel of a class, the rest on any known voxel. Of that share every
+    class that exists gets `class_floor`; what is left goes to the classes by their number of voxels to the power of
+    `class_power` (0: to all alike, 0.5: by square root). The crops that hold a class take turns, whatever their size.
+    A step draws from `crops_per_step` places: of one crop, class, and layer of EM chunks.
+    """
 
     class_centred_fraction: float
+    class_floor: float
+    class_power: float
     crops_per_step: int
 
 
@@ -90,7 +98,14 @@ class Normalization(Record, frozen=True, kw_only=True):
 
 
 class Augmentation(Record, frozen=True, kw_only=True):
-    """A named set of parameters, written out; lengths in voxels of the patch, angles in degrees."""
+    """A named set of parameters, written out.
+
+    A `_probability` is by patch. Lengths (`elastic_*`, `*_sigma*`, `*_width`, `jitter_sd`, `misalign_max`) are in
+    voxels of the patch, `drift_length` and `*_max` of sections in sections, angles in degrees; `brightness_sd`,
+    `noise_sd_max`, `drift_sd`, `stripe_sd` and `section_brightness_sd` are in units of the network input.
+    `drift_*`, `stripe_*` and `jitter_*` act along `milling_axis`; what has a section in its name, `misalign_*` and
+    `defocus_*` on z sections. Of all these only a misalignment by translation moves the labels, with the EM.
+    """
 
     preset: Literal["none", "flips", "light", "fib-sem", "sstem"]
     flip: bool
@@ -112,7 +127,29 @@ class Augmentation(Record, frozen=True, kw_only=True):
     noise_sd_max: float
     blur_probability: float
     blur_sigma_range: tuple[float, float]
+    milling_axis: Literal["z", "y", "x"]
+    drift_probability: float
+    drift_sd: float
+    drift_length: float
+    stripe_probability: float
+    stripe_sd: float
+    stripe_width: float
+    jitter_probability: float
+    jitter_sd: float
     missing_section_probability: float
+    missing_sections_max: int
+    missing_partial_share: float
+    missing_area_range: tuple[float, float]
+    lost_section_probability: float
+    misalign_probability: float
+    misalign_slip_share: float
+    misalign_max: int
+    defocus_probability: float
+    defocus_sections_max: int
+    defocus_sigma_range: tuple[float, float]
+    section_contrast_probability: float
+    section_contrast_range: tuple[float, float]
+    section_brightness_sd: float
 
 
 class Optimizer(Record, frozen=True, kw_only=True):

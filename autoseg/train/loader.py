@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from autoseg.data.codes import default_cache
 from autoseg.data.dataset import open_dataset
+from autoseg.data.em import CHUNK_CACHE_BYTES
 from autoseg.errors import AutosegError
 from autoseg.schema import Plan
 from autoseg.train.patches import Batch, PatchSampler
 
-CACHE_BYTES = 256 * 2**20
 PREFETCH = 2
 
 
@@ -34,7 +34,7 @@ class StepDataset(Dataset[Batch | AutosegError]):
         """Return the batch of that step; an expected error is returned, since torch cannot carry it to its parent."""
         try:
             if self._sampler is None:
-                self._sampler = PatchSampler(self._plan, open_dataset(self._data), self._cache, CACHE_BYTES)
+                self._sampler = PatchSampler(self._plan, open_dataset(self._data), self._cache, CHUNK_CACHE_BYTES)
             return self._sampler.batch(step)
         except AutosegError as error:
             return error

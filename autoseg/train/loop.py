@@ -19,6 +19,7 @@ import torch
 
 from autoseg.data.codes import default_cache
 from autoseg.data.dataset import Dataset, open_dataset
+from autoseg.data.em import CHUNK_CACHE_BYTES
 from autoseg.errors import CheckpointError, PlanError
 from autoseg.model import checkpoint
 from autoseg.schema import (
@@ -35,7 +36,7 @@ from autoseg.schema import (
 )
 from autoseg.train.budget import fit_length
 from autoseg.train.journal import Journal, adapt
-from autoseg.train.loader import CACHE_BYTES, StepDataset, batches
+from autoseg.train.loader import StepDataset, batches
 from autoseg.train.signals import asked_to_stop
 from autoseg.train.step import Learner
 from autoseg.train.validation import Validator
@@ -88,7 +89,7 @@ class _Session:
     ) -> None:
         self.plan, self.data, self.run, self.device, self.cache = plan, data, run, device, cache
         self.plan_sha256 = plan_sha256
-        self.validator = Validator(plan, dataset, cache, CACHE_BYTES)
+        self.validator = Validator(plan, dataset, cache, CHUNK_CACHE_BYTES)
         self.length = fit_length(plan, data, run, cache, self.validator, device)
         self.learner = Learner(plan, self.length.num_steps, device)
         self.header = self._resume()

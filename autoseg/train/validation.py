@@ -21,7 +21,7 @@ from autoseg.geometry import Box
 from autoseg.metrics.overlap import NOTHING, Counts, count, mean, ratios
 from autoseg.model.windows import Predictor
 from autoseg.schema import Plan, TunedDecode, ValidationScore
-from autoseg.train.patches import scale_box
+from autoseg.train.sources import scale_box
 from autoseg.train.thresholds import NUM_BINS, choose_thresholds, histogram
 
 

@@ -1,0 +1,152 @@
+"""One crop to learn from: where each class lies in it, a voxel of it at random, EM and codes of a box.
+
+Nothing of a crop stays open or in memory but its index: for each class the blocks that hold it, and how many of
+its voxels they hold, so that a voxel is found by one search and one look at a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.data.codes import CropCodes, index_blocks
+from autoseg.data.coding import INDEX_BLOCK
+from autoseg.data.em import EmReader, read_input
+from autoseg.data.store import ArrayReader, ChunkCache
+from autoseg.errors import DataError
+from autoseg.geometry import Box, Grid, VoxelsZYX
+from autoseg.schema import Region
+
+Codes = NDArray[Any]
+
+
+class BlockIndex(NamedTuple):
+    """For each column (a class) its blocks and, up to and with each of them, the number of its voxels."""
+
+    first: NDArray[np.int64]
+    blocks: NDArray[np.uint32]
+    cumulative: NDArray[np.unsignedinteger[Any]]
+
+    def column(self, column: int) -> slice:
+        """Return which entries belong to that column."""
+        return slice(int(self.first[column]), int(self.first[column + 1]))
+
+
+class Source(NamedTuple):
+    """A crop of the training split: `region` may teach, but nothing in the `hidden` boxes."""
+
+    region: Box
+    hidden: tuple[Box, ...]
+    codes: CropCodes
+    to_global: Codes
+    em: EmReader
+    block_index: BlockIndex
+    layers: NDArray[np.int64]
+
+    @property
+    def blocks_zyx(self) -> VoxelsZYX:
+        """Return how many index blocks lie along each axis."""
+        z, y, x = (-(-n // b) for n, b in zip(self.codes.grid.shape_zyx, INDEX_BLOCK, strict=True))
+        return z, y, x
+
+
+def usable_counts(codes: CropCodes, region: Box, hidden: tuple[Box, ...]) -> NDArray[Any]:
+    """Return `counts_BC` of the voxels in the region that are not hidden; blocks at a border are counted anew."""
+    counts, shape = codes.counts_BC, codes.grid.shape_zyx
+    if region == Box.whole(shape) and not hidden:
+        return counts
+    counts, volume = np.array(counts), codes.codes_ZYX
+    for number, box in enumerate(index_blocks(shape)):
+        inside = region.clip(box)
+        unseen = [h.clip(inside) for h in hidden if h.clip(inside).num_voxels]
+        if inside == box and not unseen:
+            continue
+        if any(part == inside for part in unseen) or inside.num_voxels == 0:
+            counts[number] = 0
+            continue
+        seen = np.ones(inside.shape_zyx, dtype=bool)
+        for part in unseen:
+            seen[part.relative_to(inside).slices] = False
+        counts[number] = np.bincount(volume[inside.slices][seen], minlength=counts.shape[1])
+    return counts
+
+
+def build_index(counts_BC: NDArray[Any], holds_CK: NDArray[np.bool_]) -> BlockIndex:
+    """Return the index of the columns: in column k count the codes for which `holds_CK` is true."""
+    counts_KB = np.rint(holds_CK.T.astype(np.float64) @ counts_BC.T.astype(np.float64)).astype(np.int64)
+    column, block = np.nonzero(counts_KB)
+    first = np.searchsorted(column, np.arange(len(counts_KB) + 1))
+    cumulative = np.cumsum(counts_KB, axis=1)[column, block]
+    small = cumulative.max(initial=0) < 2**32
+    return BlockIndex(first, block.astype(np.uint32), cumulative.astype(np.uint32 if small else np.uint64))
+
+
+def index_layers(grid: Grid, em: EmReader) -> NDArray[np.int64]:
+    """Return for each row of index blocks along z, and one past the end, in which layer of EM chunks it starts."""
+    level = em.multiscale.level_for(grid.voxel_size_nm)
+    depth_nm = ArrayReader(level.path, ChunkCache(0)).chunk_zyx[0] * level.grid.voxel_size_nm[0]
+    rows = np.arange(-(-grid.shape_zyx[0] // INDEX_BLOCK[0])) * INDEX_BLOCK[0] * grid.voxel_size_nm[0]
+    layer: NDArray[np.int64] = np.floor((grid.corner_nm[0] + rows - level.grid.corner_nm[0]) / depth_nm + 1e-6).astype(
+        np.int64
+    )
+    return np.append(layer, layer[-1] + 1)
+
+
+def draw_layer(source: Source, column: int, rng: np.random.Generator) -> int:
+    """Return a layer of EM chunks, each as likely as it holds voxels of that column."""
+    entries = source.block_index.column(column)
+    cumulative = source.block_index.cumulative[entries]
+    block = source.block_index.blocks[entries][np.searchsorted(cumulative, rng.integers(cumulative[-1]), side="right")]
+    _, ny, nx = source.blocks_zyx
+    return int(source.layers[int(block) // (ny * nx)])
+
+
+def draw_voxel(
+    source: Source, column: int, wanted: NDArray[np.bool_], layer: int | None, rng: np.random.Generator
+) -> VoxelsZYX:
+    """Return a voxel of that column (global codes for which `wanted` is true), within the layer if one is given."""
+    entries = source.block_index.column(column)
+    cumulative, blocks = source.block_index.cumulative[entries], source.block_index.blocks[entries]
+    low, high = 0, int(cumulative[-1])
+    if layer is not None:
+        _, ny, nx = source.blocks_zyx
+        rows = np.searchsorted(source.layers, [layer, layer + 1]) * ny * nx
+        first, last = np.searchsorted(blocks, rows)
+        low, high = int(cumulative[first - 1]) if first else 0, int(cumulative[last - 1])
+    number = int(blocks[np.searchsorted(cumulative, low + int(rng.integers(high - low)), side="right")])
+    box = index_blocks(source.codes.grid.shape_zyx)[number].clip(source.region)
+    hits = np.take(wanted[source.to_global], source.codes.codes_ZYX[box.slices], mode="clip")
+    for hidden in source.hidden:
+        hits[hidden.clip(box).relative_to(box).slices] = False
+    found = np.flatnonzero(hits)
+    if len(found) == 0:
+        what = "damaged code cache (its counts are wrong)"
+        raise DataError(source.codes.folder, what, "delete this folder; it is built anew")
+    z, y, x = np.unravel_index(found[rng.integers(len(found))], box.shape_zyx)
+    return int(z) + box.start[0], int(y) + box.start[1], int(x) + box.start[2]
+
+
+def read_source(source: Source, box: Box, input_slices: int) -> tuple[NDArray[np.float32], Codes]:
+    """Return (EM with channels first, global codes) of that box of the code grid; unknown where nothing may teach."""
+    inside = source.region.clip(box)
+    known = np.take(source.to_global, source.codes.codes_ZYX[inside.slices], mode="clip")
+    codes = known
+    if inside != box:
+        codes = np.zeros(box.shape_zyx, dtype=known.dtype)
+        codes[inside.relative_to(box).slices] = known
+    for hidden in source.hidden:
+        codes[hidden.clip(box).relative_to(box).slices] = 0
+    image, valid = read_input(source.em, source.codes.grid, box, input_slices)
+    if valid is not None:
+        codes[~valid] = 0
+    return image, codes
+
+
+def scale_box(region: Region, from_zyx: VoxelsZYX, to_zyx: VoxelsZYX) -> Box:
+    """Return the region's box on another grid of the same extent."""
+    box = region.box(from_zyx)
+    start = [round(a * t / f) for a, f, t in zip(box.start, from_zyx, to_zyx, strict=True)]
+    stop = [round(b * t / f) for b, f, t in zip(box.stop, from_zyx, to_zyx, strict=True)]
+    return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
