@@ -326,7 +326,7 @@ def test_voxels_of_a_class_are_drawn_alike_wherever_they_lie(deep: tuple[Path, P
     rng, drawn = np.random.default_rng(0), np.zeros(present.shape, int)
     for _ in range(6000):
         layer = draw_layer(source, 1, rng) if by_layers else None
-        voxel = draw_voxel(source, 1, wanted, layer, rng)
+        voxel = draw_voxel(source, source.codes.codes_ZYX, 1, wanted, layer, rng)
         assert layer is None or layer == voxel[0] // 64
         drawn[voxel] += 1
     assert not drawn[~present].any()

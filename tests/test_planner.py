@@ -349,6 +349,38 @@ def test_anisotropic_kernels_are_flat_until_voxels_are_cubic() -> None:
     assert plan.network.strides_zyx[0] == (1, 2, 2)
 
 
+@cheap
+@pytest.mark.parametrize(("edge", "batch", "places"), [(64, 8, 8), (400, 8, 4), (400, 3, 2), (400, 1, 1), (400, 2, 2)])
+def test_patches_share_places_only_where_chunks_do_not_stay_decoded(edge: int, batch: int, places: int) -> None:
+    changes = {"batch_size": batch, "accumulate_batches": 1, "patch_size_zyx": (1, 64, 64), "network.features": (4, 8)}
+    plan = make_plan("a", facts((edge, edge, edge), (8.0, 8.0, 8.0)), machine(), changes)
+    assert plan.sampling.crops_per_step == places
+
+
+@cheap
+def test_the_floor_of_a_class_is_a_share_of_all_patches_and_names_the_rarest_class() -> None:
+    plan = make_plan("a", facts(), machine(), {})
+    assert plan.sampling.class_floor == plan.sampling.class_centred_fraction / 2 / len(plan.classes)
+    assert re.search(
+        r"12\.50% of all patches or more for each of 2 classes; \w+ is in \d of \d",
+        reason(plan, "sampling.class_floor"),
+    )
+    less = make_plan("a", facts(), machine(), {"sampling.class_centred_fraction": 0.1})
+    assert less.sampling.class_floor == 0.025
+    with pytest.raises(PlanError, match="sampling.class_floor"):
+        make_plan("a", facts(), machine(), {"sampling.class_floor": 0.3})
+
+
+@cheap
+def test_grey_defects_are_in_units_of_the_network_input() -> None:
+    by_volume = make_plan("a", facts(), machine(), {"augmentation.preset": "sstem"}).augmentation
+    changes = {"augmentation.preset": "sstem", "normalization.kind": "dtype"}
+    by_dtype = make_plan("a", facts(), machine(), changes).augmentation
+    for name in ("brightness_sd", "noise_sd_max", "drift_sd", "stripe_sd", "section_brightness_sd"):
+        assert getattr(by_dtype, name) == pytest.approx(getattr(by_volume, name) * 45.6 / 255)
+    assert by_dtype.contrast_range == by_volume.contrast_range
+
+
 # ---- --set --------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, tuple[str, Any]] = {

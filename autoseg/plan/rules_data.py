@@ -236,8 +236,8 @@ def choose_crops_per_step(draft: Draft) -> Choice:
     em_bytes = sum(math.prod(extent) for extent in extents)
     if em_bytes <= CHUNK_CACHE_BYTES:
         return Choice(patches, "a place for each patch: the EM of all crops stays decoded", "chunk cache of a process")
-    because = f"two of {patches} patches from each place: {em_bytes / 2**20:.0f} MiB of EM do not stay decoded"
-    return Choice(-(-patches // 2), because, "chunk cache of a process")
+    because = f"up to two of {patches} patches from a place: {em_bytes / 2**20:.0f} MiB of EM do not stay decoded"
+    return Choice(max(min(2, patches), -(-patches // 2)), because, "chunk cache of a process")
 
 
 def choose_thresholds(draft: Draft) -> Choice:

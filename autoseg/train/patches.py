@@ -128,10 +128,11 @@ class PatchSampler:
         self, turn: Turn, layer: int | None, rng: np.random.Generator
     ) -> tuple[NDArray[np.float32], NDArray[Any]]:
         source, plan, column = self._sources[turn.crop], self.plan, self._column(turn)
-        voxel = draw_voxel(source, column, self._wanted_KC[column], layer, rng)
+        volume = np.asarray(source.codes.codes_ZYX)  # the crop's own codes, mapped for this patch alone
+        voxel = draw_voxel(source, volume, column, self._wanted_KC[column], layer, rng)
         warp = draw_warp(plan.augmentation, self._frame, rng)
         patch = place_patch(voxel, plan.patch_size_zyx, source.codes.grid.shape_zyx, rng, warp)
-        image, codes = read_source(source, read_box(patch, warp), plan.input_slices)
+        image, codes = read_source(source, volume, read_box(patch, warp), plan.input_slices)
         return augment(image, codes, plan.augmentation, warp, self._frame, rng)
 
 

@@ -104,7 +104,12 @@ def draw_layer(source: Source, column: int, rng: np.random.Generator) -> int:
 
 
 def draw_voxel(
-    source: Source, column: int, wanted: NDArray[np.bool_], layer: int | None, rng: np.random.Generator
+    source: Source,
+    codes_ZYX: Codes,
+    column: int,
+    wanted: NDArray[np.bool_],
+    layer: int | None,
+    rng: np.random.Generator,
 ) -> VoxelsZYX:
     """Return a voxel of that column (global codes for which `wanted` is true), within the layer if one is given."""
     entries = source.block_index.column(column)
@@ -117,7 +122,7 @@ def draw_voxel(
         low, high = int(cumulative[first - 1]) if first else 0, int(cumulative[last - 1])
     number = int(blocks[np.searchsorted(cumulative, low + int(rng.integers(high - low)), side="right")])
     box = index_blocks(source.codes.grid.shape_zyx)[number].clip(source.region)
-    hits = np.take(wanted[source.to_global], source.codes.codes_ZYX[box.slices], mode="clip")
+    hits = np.take(wanted[source.to_global], codes_ZYX[box.slices], mode="clip")
     for hidden in source.hidden:
         hits[hidden.clip(box).relative_to(box).slices] = False
     found = np.flatnonzero(hits)
@@ -128,10 +133,10 @@ def draw_voxel(
     return int(z) + box.start[0], int(y) + box.start[1], int(x) + box.start[2]
 
 
-def read_source(source: Source, box: Box, input_slices: int) -> tuple[NDArray[np.float32], Codes]:
+def read_source(source: Source, codes_ZYX: Codes, box: Box, input_slices: int) -> tuple[NDArray[np.float32], Codes]:
     """Return (EM with channels first, global codes) of that box of the code grid; unknown where nothing may teach."""
     inside = source.region.clip(box)
-    known = np.take(source.to_global, source.codes.codes_ZYX[inside.slices], mode="clip")
+    known = np.take(source.to_global, codes_ZYX[inside.slices], mode="clip")
     codes = known
     if inside != box:
         codes = np.zeros(box.shape_zyx, dtype=known.dtype)

@@ -193,13 +193,22 @@ class ArrayReader:
 
     def coverage(self, box: Box) -> float:
         """Return the share of the voxels of `box` that lie in stored chunks; outside the array there are none."""
+        if self._all_seen(box):
+            return 1.0
         states, lengths = self._units(box)
         if states is None:
             return 0.0
-        if (states == STORED).all() and box.clip(Box.whole(self.shape_zyx)) == box:
-            return 1.0
         z, y, x = lengths
         return float(np.einsum("zyx,z,y,x->", (states == STORED).astype(float), z, y, x)) / box.num_voxels
+
+    def _all_seen(self, box: Box) -> bool:
+        """Return whether every file under the box was found already, the usual case: asked for each patch."""
+        (z0, y0, x0), (z1, y1, x1) = box
+        (nz, ny, nx), (uz, uy, ux) = self.shape_zyx, self.layout.unit_zyx
+        if not (0 <= z0 < z1 <= nz and 0 <= y0 < y1 <= ny and 0 <= x0 < x1 <= nx):
+            return False
+        states = self._seen[z0 // uz : (z1 - 1) // uz + 1, y0 // uy : (y1 - 1) // uy + 1, x0 // ux : (x1 - 1) // ux + 1]
+        return bool((states == STORED).all())
 
     def stored_mask(self, box: Box) -> NDArray[np.bool_]:
         """Return for each voxel of `box` whether it lies in a stored chunk (outside the array: False)."""
