@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
@@ -236,7 +237,7 @@ class ArrayReader:
             for unit in itertools.product(*ranges):
                 z, y, x = unit
                 if self._seen[unit] == 0:
-                    found = Path(f"{self._key}/{self.layout.file_name((z, y, x))}").exists()
+                    found = os.path.exists(f"{self._key}/{self.layout.file_name((z, y, x))}")
                     self._seen[unit] = STORED if found else MISSING
                     if not found and self._recorded is not None:
                         self._recorded.check(self.layout, (z, y, x), None)
