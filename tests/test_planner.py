@@ -367,7 +367,7 @@ def test_the_floor_of_a_class_is_a_share_of_all_patches_and_names_the_rarest_cla
     )
     less = make_plan("a", facts(), machine(), {"sampling.class_centred_fraction": 0.1})
     assert less.sampling.class_floor == 0.025
-    with pytest.raises(PlanError, match="sampling.class_floor"):
+    with pytest.raises(PlanError, match=r"sampling\.class_floor"):
         make_plan("a", facts(), machine(), {"sampling.class_floor": 0.3})
 
 

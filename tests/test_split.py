@@ -8,14 +8,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import make_dataset
 from test_planner import cheap_trace, facts, machine
 
+from autoseg.cli import main
 from autoseg.data.islands import Leaks, SplitCrop, count_leaks, islands
 from autoseg.data.split import (
     MAX_CROP_SHARES,
@@ -23,11 +26,12 @@ from autoseg.data.split import (
     MIN_CROPS_TO_HOLD_OUT_ONE,
     VALIDATION_SHARE,
     derive_split,
+    split_crops,
 )
 from autoseg.errors import PlanError
 from autoseg.geometry import Grid, VoxelsZYX
 from autoseg.plan import make_plan, rules_network
-from autoseg.schema import Plan, Region, Split
+from autoseg.schema import Plan, Region, Split, load_as
 
 CLASSES = ("mito", "er", "pm")
 GOLDEN = [["v1/crop1"], ["v0/crop1"], ["v2/crop1"]]
@@ -450,3 +454,25 @@ def test_sets_of_classes_can_be_asked_for_and_mean_what_is_there() -> None:
         make_plan("a", data, machine(), {"classes.names": ["cellmap48"]})
     with pytest.raises(PlanError, match="no class of this set"):
         make_plan("a", facts(classes=("synapse",)), machine(), {"classes.names": ["cellmap-14"]})
+
+
+@cheap
+def test_folds_on_the_command_line_are_recorded_and_cover_the_data(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", crops=2, partial=False)
+    masks = []
+    for fold in ("1", "2", "3"):
+        out = tmp_path / f"{fold}.json"
+        assert main(["plan", str(data), "--folds", "3", "--fold", fold, "--out", str(out), "--quiet"]) == 0
+        split = load_as(out, Plan).split
+        assert (split.folds, split.fold) == (3, int(fold))
+        masks.append([taken(split.validate, f"demo/crop{i}", (8, 64, 64)) for i in (1, 2)])
+    assert (np.sum(masks, axis=0) == 1).all()
+    assert main(["plan", str(data), "--fold", "9", "--out", str(out), "--quiet"]) == 2
+
+
+def test_crops_of_one_em_under_two_names_are_one_volume() -> None:
+    data = facts(crops=6, volumes=3)
+    shared = tuple(msgspec.structs.replace(volume, path="one/em") for volume in data.volumes)
+    crops = split_crops(msgspec.structs.replace(data, volumes=shared), ["mito"])
+    assert {crop.volume for crop in crops} == {"one/em"}
+    assert derive_split(crops, 0).rule == "box"

@@ -24,7 +24,7 @@ from scipy.stats import t as student
 from autoseg.data.traits import ClassTraits, CropTraits
 from autoseg.schema import CropFacts, Finding, VolumeFacts
 
-MIN_GAIN, MAX_CHANCE, MIN_FIT_BOXES = 1.2, 0.005, 4
+MIN_GAIN, MAX_CHANCE, MIN_FIT_BOXES = 1.15, 0.005, 4
 USUALLY_PRESENT = 0.5
 FEW_VALUES, MIN_GREY_VOXELS = 16, 1000
 SATURATED_SHARE = 0.25
