@@ -524,6 +524,18 @@ def test_only_annotated_classes_with_voxels_can_be_asked_for() -> None:
         make_plan("a", facts(), machine(), {"classes.names": ["mitos"]})
 
 
+def test_a_cpu_takes_smaller_batches_rather_than_few_steps() -> None:
+    def batch(budget_s: float) -> tuple[int, int]:
+        plan = make_plan("a", facts(), machine(), {"budget_s": budget_s, "patch_size_zyx": (1, 128, 128)})
+        return plan.batch_size, plan.accumulate_batches
+
+    long, short = batch(1e5), batch(1.0)
+    assert (long, short) == ((8, 1), (4, 1))
+    slow = msgspec.structs.replace(machine(), conv_gflops=None)
+    unknown = make_plan("a", facts(), slow, {"budget_s": 1.0, "patch_size_zyx": (1, 128, 128)})
+    assert unknown.batch_size == 8
+
+
 # ---- golden -------------------------------------------------------------------------------------------------
 
 GOLDEN_PLANS: dict[str, tuple[dict[str, Any], Hardware]] = {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from autoseg.errors import CheckpointError, PlanError
 from autoseg.model import checkpoint
+from autoseg.model.networks import build_network
 from autoseg.plan import fingerprint
 from autoseg.recipes.training import data_of, split_of, train_on
 from autoseg.schema import (
@@ -29,6 +30,7 @@ from autoseg.schema import (
     Plan,
     Schedule,
     StepResult,
+    TunedDecode,
     ValidationScore,
     load_as,
     read_json_lines,
@@ -446,9 +448,30 @@ def test_validation_counts_the_same_voxels_every_time(straight: tuple[Plan, Path
     plan, _ = straight
     validator = Validator(plan, open_dataset(place[0]), place[1], 2**24)
     learner = Learner(plan, 8, torch.device("cpu"))
-    scores = [validator.score(learner.averaged_network(), torch.device("cpu")) for _ in range(2)]
+    scores = [validator.score(learner.averaged_network(), torch.device("cpu"), 1).score for _ in range(2)]
     assert scores[0] == scores[1]
     assert set(scores[0].dice) == set(plan.class_names)
+
+
+def test_validation_chooses_thresholds_for_the_best_weights_and_says_how_long_it_takes(
+    place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from autoseg.data.dataset import open_dataset
+    from autoseg.train.validation import Validator
+
+    plan = tiny_plan(*place, {"decode.tune_thresholds": True})
+    train(plan, place[0], tmp_path / "run", cache=place[1])
+    best = checkpoint.find(tmp_path / "run" / "checkpoints", "best")
+    header = checkpoint.verify(best)
+    kept = load_as(tmp_path / "run" / "decode.json", TunedDecode)
+    assert kept.step == header.step
+    validator, cpu = Validator(plan, open_dataset(place[0]), place[1], 2**24), torch.device("cpu")
+    network = build_network(plan)
+    checkpoint.load_weights(network, best / checkpoint.WEIGHTS)
+    found = validator.score(network.eval(), cpu, header.step)
+    assert found.tuned == kept
+    assert found.score.dice == kept.dice_before
+    assert validator.seconds(network, cpu) > 0
 
 
 def test_the_gradient_scale_of_fp16_halves_on_overflow_and_grows_again(place: tuple[Path, Path]) -> None:

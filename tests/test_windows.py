@@ -185,3 +185,20 @@ def test_only_the_tiles_that_touch_a_block_are_computed() -> None:
     volume, shape = Volume((1, 32, 320)), (1, 32, 320)
     predictor(plan_with(), Pointwise()).predict(volume.read, shape, Box((0, 0, 0), (1, 32, 8)))
     assert 1 <= volume.reads <= 6
+
+
+@pytest.mark.parametrize("base", [BASE, SOLID])
+@pytest.mark.parametrize("shape", [(1, 40, 90), (9, 20, 33), (12, 70, 70)])
+def test_one_batch_is_one_forward_pass_and_every_tile_is_counted(base: Plan, shape: VoxelsZYX) -> None:
+    plan = plan_with(base, batch_size=3 if base is BASE else 1)
+    batches: list[int] = []
+    network = build_network(plan).eval()
+    network.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
+    one = predictor(plan, network)
+    whole(one, Volume(shape))
+    assert sum(batches) == one.num_tiles(shape)
+    batches.clear()
+    box = one.one_batch(shape)
+    assert box.clip(Box.whole(shape)) == box
+    whole(one, Volume(box.shape_zyx))
+    assert len(batches) == 1

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr
 
 from autoseg.data.traits import ClassTraits, CropTraits
 from autoseg.schema import CropFacts, Finding, VolumeFacts
@@ -113,7 +113,7 @@ def _shifted(crop: CropTraits) -> Iterator[Finding]:
     fit = crop.fit
     if fit is None or fit.boxes < MIN_FIT_BOXES or fit.gain < MIN_GAIN:
         return
-    if student.sf(fit.t, fit.boxes - 1) > MAX_CHANCE:
+    if stdtr(fit.boxes - 1, -fit.t) > MAX_CHANCE:
         return
     move = ", ".join(f"{n:+d}" for n in fit.move_zyx)
     z, y, x = fit.move_zyx

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cc3d
+import edt
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -78,13 +79,13 @@ def thickness(
     body = mask_ZYX[part.slices] | hidden
     if body.all():
         return np.zeros(0), 1
-    distance = ndimage.distance_transform_edt(body, sampling=sampling).astype(np.float32)
+    distance: NDArray[np.float32] = edt.edt(body, anisotropy=sampling)
     highest = ndimage.maximum_filter(distance, size=[3 if axis in axes else 1 for axis in range(3)])
     ridge = np.argwhere(body & (distance >= highest))
     radius = distance[tuple(ridge.T)].astype(np.float64)
     fits = radius < _to_border(ridge + part.start, mask_ZYX.shape, voxel_size_nm, axes) * (1 - 1e-6)
     if hidden.any():
-        to_unknown = ndimage.distance_transform_edt(~hidden, sampling=sampling)
+        to_unknown = edt.edt(~hidden, anisotropy=sampling)
         fits &= radius < to_unknown[tuple(ridge.T)] * (1 - 1e-6)
     width = np.where(fits, _across(distance, ridge, radius, voxel_size_nm, axes), np.inf)
     drawn = np.flatnonzero(mask_ZYX[part.slices])

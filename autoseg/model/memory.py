@@ -75,14 +75,12 @@ def _trace(
             optimizer.step()
             optimizer.zero_grad()
 
+        with FlopCounterMode(display=False) as counter:
+            step()  # also makes the state of the optimizer, which lives through the step that is tracked
         tracker = MemTracker()
         tracker.track_external(model, optimizer, image, codes)
         with tracker:
             step()
-            tracker.reset_mod_stats()
-            step()
         peak = sum(counts["Total"] for counts in tracker.get_tracker_snapshot("peak").values())
-        with FlopCounterMode(display=False) as counter:
-            step()
         parameters = sum(p.numel() for p in model.parameters())
     return int(peak), int(counter.get_total_flops() / batch), parameters

@@ -65,21 +65,36 @@ class Predictor(NamedTuple):
         z, y, x = smallest_patch(self.plan.network)
         return (0 if self.plan.sliding_window.tile_zyx[0] == 1 else z), y, x
 
+    def _layout(self, shape_zyx: VoxelsZYX) -> Iterator[Box]:
+        """Yield every tile of a region, whole, in raster order; the outer ones reach beyond it."""
+        margin, tile = self._margin(), self.tile(shape_zyx)
+        padded = Box.whole(shape_zyx).grow(margin).shape_zyx
+        for t in tiles(padded, tile, self.plan.sliding_window.overlap):
+            z, y, x = (a - m for a, m in zip(t.start, margin, strict=True))
+            yield Box((z, y, x), (z + tile[0], y + tile[1], x + tile[2]))
+
+    def num_tiles(self, shape_zyx: VoxelsZYX) -> int:
+        """Return the number of tiles of a region."""
+        return sum(1 for _ in self._layout(shape_zyx))
+
+    def one_batch(self, shape_zyx: VoxelsZYX) -> Box:
+        """Return a box in the corner of a region that one batch of tiles covers, one tile if tiles are deep."""
+        z, y, x = (
+            min(n, max(1, t - 2 * m)) for n, t, m in zip(shape_zyx, self.tile(shape_zyx), self._margin(), strict=True)
+        )
+        flat = self.plan.sliding_window.tile_zyx[0] == 1
+        return Box.whole((min(shape_zyx[0], self.plan.sliding_window.batch_size) if flat else z, y, x))
+
     def predict(self, read: ReadImage, shape_zyx: VoxelsZYX, block: Box) -> NDArray[np.float32]:
         """Return probabilities (classes, z, y, x) of `block` in a region of that shape.
 
         `read(box)` gives the network input (channels, z, y, x) of any box, also partly outside the region.
         """
-        margin, tile = self._margin(), self.tile(shape_zyx)
-        padded = Box.whole(shape_zyx).grow(margin).shape_zyx
-        layout = (
-            t.shift((-margin[0], -margin[1], -margin[2])) for t in tiles(padded, tile, self.plan.sliding_window.overlap)
-        )
-        full = (Box(t.start, (t.start[0] + tile[0], t.start[1] + tile[1], t.start[2] + tile[2])) for t in layout)
+        tile = self.tile(shape_zyx)
         importance = compute_importance_map(tile, mode=BlendMode.GAUSSIAN, sigma_scale=0.125).clamp(min=1e-3)
         total = torch.zeros((len(self.plan.class_names), *block.shape_zyx))
         weight = torch.zeros(block.shape_zyx)
-        needed = (t for t in full if t.clip(block).num_voxels)
+        needed = (t for t in self._layout(shape_zyx) if t.clip(block).num_voxels)
         while batch := list(itertools.islice(needed, self.plan.sliding_window.batch_size)):
             image = torch.from_numpy(np.stack([read(t) for t in batch]))
             for t, probability in zip(batch, self._forward(image), strict=True):

@@ -66,6 +66,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("network.deep_supervision", network.choose_deep_supervision),
     ("loss.kind", network.choose_loss),
     *((f"loss.{name}", functools.partial(network.choose_loss_field, field=name)) for name in _LOSS_FIELDS),
+    ("budget_s", network.choose_budget),
     ("batch_size", network.choose_batch_size),
     ("accumulate_batches", network.choose_accumulate),
     ("num_threads", network.choose_num_threads),
@@ -76,7 +77,6 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("sampling.class_floor", data.choose_class_floor),
     ("sampling.class_power", data.choose_class_power),
     ("sampling.crops_per_step", data.choose_crops_per_step),
-    ("budget_s", network.choose_budget),
     ("augmentation.preset", training.choose_preset),
     *(
         (f"augmentation.{name}", functools.partial(training.choose_augmentation_field, field=name))

@@ -21,6 +21,7 @@ BASE_PROCESS_BYTES = int(0.7 * GIB)
 WORKER_BYTES = int(0.6 * GIB)
 BATCHES_IN_FLIGHT = 3
 MAX_BATCH = {True: 32, False: 4}
+MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
 # Share of a CPU step, its batch included, that the convolutions would take alone at the measured speed of one: the
 # rest is memory traffic, loss and data. Measured on VNC, 4 classes: two cores with AMX (bf16), two with AVX2 (fp32).
 CPU_CONV_SHARE = {"bf16": 0.21, "fp32": 0.9}
@@ -166,10 +167,7 @@ def choose_batch_size(draft: Draft) -> Choice:
     """Return the largest useful micro-batch that the memory model says fits."""
     flat = draft["patch_size_zyx"][0] == 1
     cost = step_cost(draft)
-    if draft["device"] == "cpu":
-        wanted = max(1, round(8 * 128 * 128 / math.prod(draft["patch_size_zyx"]))) if flat else 2
-    else:
-        wanted = MAX_BATCH[flat]
+    wanted, most = _useful_batch(draft, flat)
     room, name = _room(draft)
     batch = wanted
     while batch > 1 and cost.memory_bytes(batch, draft["device"]) > room:
@@ -182,7 +180,22 @@ def choose_batch_size(draft: Draft) -> Choice:
             "--set patch_size_zyx to half of it",
         )
     because = f"{need / GIB:.2f} GiB of the {room / GIB:.1f} GiB of {name} that may be used"
-    return Choice(batch, because + ("" if batch < wanted else f"; more than {wanted} would not help"), "traced step")
+    return Choice(batch, because + ("" if batch < wanted else f"; {most}"), "traced step")
+
+
+def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
+    """Return the largest batch worth its time, and why no larger one is."""
+    if draft["device"] != "cpu":
+        return MAX_BATCH[flat], f"more than {MAX_BATCH[flat]} would not help"
+    wanted = max(1, round(8 * 128 * 128 / math.prod(draft["patch_size_zyx"]))) if flat else 2
+    patch_s = _step_seconds(draft, 1)
+    if flat and patch_s and draft["budget_s"] and wanted > 4 and draft["budget_s"] / (patch_s * wanted) < MIN_STEPS:
+        steps = draft["budget_s"] / (patch_s * wanted)
+        return (
+            4,
+            f"{wanted} would leave {steps:.0f} steps in {draft['budget_s']:g} s (demo, 80 s: .62 with 8, .65 with 4)",
+        )
+    return wanted, f"more than {wanted} would not help"
 
 
 def _room(draft: Draft) -> tuple[int, str]:
@@ -250,10 +263,23 @@ def choose_step_s(draft: Draft) -> Choice:
     if draft["precision"] not in speeds:
         return Choice(None, "the speed of this machine was not measured", "hardware")
     patches = draft["batch_size"] * draft["accumulate_batches"]
-    share = CPU_CONV_SHARE.get(draft["precision"], 1.0) if draft["device"] == "cpu" else GPU_CONV_SHARE
-    seconds = patches * step_cost(draft).patch_flops / (speeds[draft["precision"]] * 1e9) / share
+    share = _conv_share(draft)
     because = f"{patches * step_cost(draft).patch_flops / 1e9:.0f} Gflop at {speeds[draft['precision']]:.0f} Gflop/s"
-    return Choice(seconds, f"{because}, convolutions being {share:.0%} of a step", "measured convolution")
+    return Choice(
+        _step_seconds(draft, patches), f"{because}, convolutions being {share:.0%} of a step", "measured convolution"
+    )
+
+
+def _step_seconds(draft: Draft, patches: int) -> float | None:
+    """Return the predicted seconds of a step of so many patches, None where the speed is unknown."""
+    speed = (draft.hardware.conv_gflops or {}).get(draft["precision"])
+    if speed is None:
+        return None
+    return patches * step_cost(draft).patch_flops / (speed * 1e9) / _conv_share(draft)
+
+
+def _conv_share(draft: Draft) -> float:
+    return CPU_CONV_SHARE.get(draft["precision"], 1.0) if draft["device"] == "cpu" else GPU_CONV_SHARE
 
 
 def choose_budget(draft: Draft) -> Choice:

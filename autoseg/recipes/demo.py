@@ -2,8 +2,8 @@
 
 ::
 
-    DIR/data     cells-a     isotropic, every class             cells-b, cells-c   annotate only some classes
-                 sections    coarse and anisotropic: 40 nm sections, every class
+    DIR/data     cells-a, cells-d   isotropic, every class      cells-b, cells-c   annotate only some classes
+                 sections           coarse and anisotropic: 40 nm sections, what one can tell apart in them
     DIR/unseen   a volume that the run never sees; the scores are of it
 """
 
@@ -58,7 +58,8 @@ TRAINING = (
     Piece("cells-a", (96, 192, 384), CUBIC, 1, (1, 1, 2), EVERY_CLASS),
     Piece("cells-b", (96, 192, 192), CUBIC, 2, (1, 1, 1), ("nuc", "mito", "er", "pm")),
     Piece("cells-c", (96, 192, 192), CUBIC, 3, (1, 1, 1), ("ecs", "pm", "mito_mem", "mito_lum", "cyto")),
-    Piece("sections", (24, 192, 192), SECTIONS, 4, (1, 1, 1), EVERY_CLASS),
+    Piece("cells-d", (32, 192, 192), CUBIC, 5, (1, 1, 1), EVERY_CLASS),
+    Piece("sections", (24, 192, 192), SECTIONS, 4, (1, 1, 1), ("ecs", "pm", "mito", "er", "nuc", "cyto")),
 )
 UNSEEN = (Piece("unseen", (48, 192, 192), CUBIC, 11, (1, 1, 1), EVERY_CLASS),)
 

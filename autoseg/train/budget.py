@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -63,11 +64,11 @@ def _measure(plan: Plan, data: Path, cache: Path, validator: Validator, device: 
     queued = plan.num_workers * (PREFETCH + 1)  # batches that were made while the others were timed
     for step in range(WARM_UP_STEPS + queued):
         trial.step(step, next(source))
-    start = time.perf_counter()
+    times = []
     for step in range(TIMED_STEPS + queued):
+        start = time.perf_counter()
         trial.step(step, next(source))
-    step_s = (time.perf_counter() - start) / (TIMED_STEPS + queued)
-    start = time.perf_counter()
-    if plan.validation.num_rounds:
-        validator.score(trial.averaged_network(), device)
-    return step_s, time.perf_counter() - start
+        times.append(time.perf_counter() - start)
+    # Workers deliver in bursts, so their mean counts; without them a slow step read chunks that later ones need not.
+    step_s = statistics.fmean(times) if plan.num_workers else statistics.median(times)
+    return step_s, validator.seconds(trial.averaged_network(), device)

@@ -130,18 +130,7 @@ class _Session:
                     return self._outcome(stop)
         finally:
             journal.close()
-        self._tune()
         return self._outcome(None)
-
-    def _tune(self) -> None:
-        """Let the validation regions choose thresholds for the best checkpoint, once, into decode.json."""
-        path = self.run / "decode.json"
-        if path.exists() or not self.plan.decode.tune_thresholds or not self.plan.split.validate:
-            return
-        best = checkpoint.find(self.run / "checkpoints", "best")
-        network = self.learner.averaged_network()
-        checkpoint.load_weights(network, best / checkpoint.WEIGHTS)
-        save(self.validator.tune(network.eval(), self.device, checkpoint.verify(best).step), path)
 
     def _outcome(self, stopped_by: str | None) -> Outcome:
         h = self.header
@@ -156,10 +145,12 @@ class _Session:
 
         The newest weights within the plan's tolerance of the best score are the best: later ones saw a lower rate.
         """
-        score = self.validator.score(self.learner.averaged_network(), self.device)
+        score, tuned = self.validator.score(self.learner.averaged_network(), self.device, step)
         best, now = self.header.best_mean_dice, score.mean_dice
         if now is None or best is None or now >= best - self.plan.validation.tolerance:
             self.header = msgspec.structs.replace(self.header, best_step=step)
+            if tuned is not None:
+                save(tuned, self.run / "decode.json")
         if now is not None:
             best = now if best is None else max(best, now)
         self.header = msgspec.structs.replace(self.header, mean_dice=now, best_mean_dice=best)

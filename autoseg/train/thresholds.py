@@ -2,6 +2,7 @@
 
 A run draws rare classes more often than they occur, so its probabilities of them are too high; one half is then not
 where Dice is best. The choice is guarded: few positives, or a gain inside the noise, keep the plan's threshold.
+Each validation counts its probabilities by class, state and value; every Dice and threshold follows from these.
 """
 
 from __future__ import annotations
@@ -16,16 +17,26 @@ from autoseg.data.classes import ABSENT, PRESENT
 from autoseg.metrics.overlap import Counts, ratios
 from autoseg.schema import TunedDecode
 
-NUM_BINS = 100
-LOWEST, HIGHEST = 0.1, 0.95
+NUM_BINS = 1000
+LOWEST, HIGHEST, STEP = 0.1, 0.95, 0.01
 MIN_POSITIVE_VOXELS = 500
 PLATEAU = 0.002
 
 
-def histogram(probability: NDArray[np.float32], states: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return counts (absent and present, bins) of the probabilities where the class is known."""
-    bins = np.minimum((probability * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    return np.stack([np.bincount(bins[states == state], minlength=NUM_BINS) for state in (ABSENT, PRESENT)])
+def histogram(probability: NDArray[np.float32], codes: NDArray[Any], states_C: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return counts (absent and present, bins) of the probabilities of a class where it is known."""
+    place = (probability * NUM_BINS).astype(np.intp)
+    np.minimum(place, NUM_BINS - 1, out=place)
+    place += codes * np.intp(NUM_BINS)
+    joint = np.bincount(place.ravel(), minlength=len(states_C) * NUM_BINS).reshape(-1, NUM_BINS)
+    return np.stack([joint[states_C == state].sum(axis=0) for state in (ABSENT, PRESENT)])
+
+
+def dice_at(counts_2B: NDArray[Any], threshold: float) -> float | None:
+    """Return the Dice of calling the class present from that probability on (to a thousandth)."""
+    absent, present = counts_2B
+    cut = round(threshold * NUM_BINS)
+    return ratios(Counts(int(present[cut:].sum()), int(absent[cut:].sum()), int(present[:cut].sum()))).dice
 
 
 def choose_thresholds(
@@ -38,19 +49,13 @@ def choose_thresholds(
     chosen: dict[str, float] = {}
     before: dict[str, float | None] = {}
     after: dict[str, float | None] = {}
-    candidates = range(round(LOWEST * NUM_BINS), round(HIGHEST * NUM_BINS) + 1)
+    candidates = np.arange(LOWEST, HIGHEST + STEP / 2, STEP).tolist()
     for name, counts in zip(names, histograms_K2B, strict=True):
-        dice = [_dice(counts, cut) for cut in candidates]
-        before[name] = _dice(counts, round(planned[name] * NUM_BINS))
+        dice = [dice_at(counts, threshold) for threshold in candidates]
+        before[name] = dice_at(counts, planned[name])
         best = max((value for value in dice if value is not None), default=0.0)
         plateau = [cut for cut, value in zip(candidates, dice, strict=True) if value and value >= best - PLATEAU]
         worth_it = counts[1].sum() >= MIN_POSITIVE_VOXELS and best - (before[name] or 0.0) > tolerance
-        chosen[name] = float(np.mean(plateau)) / NUM_BINS if worth_it else planned[name]
-        after[name] = _dice(counts, round(chosen[name] * NUM_BINS))
+        chosen[name] = round(float(np.mean(plateau)), 3) if worth_it else planned[name]
+        after[name] = dice_at(counts, chosen[name])
     return TunedDecode(step=step, thresholds=chosen, dice_before=before, dice_after=after)
-
-
-def _dice(counts_2B: NDArray[Any], cut: int) -> float | None:
-    absent, present = counts_2B
-    tp = int(present[cut:].sum())
-    return ratios(Counts(tp, int(absent[cut:].sum()), int(present[:cut].sum()))).dice

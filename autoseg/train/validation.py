@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,11 +18,11 @@ from autoseg.data.dataset import Dataset
 from autoseg.data.em import EmReader, read_input
 from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.geometry import Box
-from autoseg.metrics.overlap import NOTHING, Counts, count, mean, ratios
+from autoseg.metrics.overlap import mean
 from autoseg.model.windows import Predictor
 from autoseg.schema import Plan, TunedDecode, ValidationScore
 from autoseg.train.sources import scale_box
-from autoseg.train.thresholds import NUM_BINS, choose_thresholds, histogram
+from autoseg.train.thresholds import NUM_BINS, choose_thresholds, dice_at, histogram
 
 
 class _Target(NamedTuple):
@@ -30,6 +30,13 @@ class _Target(NamedTuple):
     codes: CropCodes
     states_CK: States
     em: EmReader
+
+
+class Validated(NamedTuple):
+    """What a validation found: Dice by class, and thresholds if the plan lets it choose them."""
+
+    score: ValidationScore
+    tuned: TunedDecode | None
 
 
 class Validator:
@@ -50,37 +57,49 @@ class Validator:
             box = scale_box(region, crop.grid.shape_zyx, codes.grid.shape_zyx)
             self._targets.append(_Target(box, codes, states[:, columns], readers[crop.em]))
 
-    def score(self, network: nn.Module, device: torch.device) -> ValidationScore:
+    def score(self, network: nn.Module, device: torch.device, step: int) -> Validated:
         """Return the Dice over all validation regions, counts pooled; without mirrored copies, to be quick."""
-        plain = msgspec.structs.replace(self._plan.sliding_window, mirror_axes=(), transpose_yx=False)
-        names = self._plan.class_names
-        thresholds = np.array([self._plan.decode.thresholds[name] for name in names])
-        totals: list[Counts] = [NOTHING] * len(names)
-        predictor = Predictor(network, msgspec.structs.replace(self._plan, sliding_window=plain), device)
-        for probability, codes, states in self._predict(predictor):
-            for k in range(len(names)):
-                totals[k] += count(probability[k] >= thresholds[k], codes, states[:, k])
-        dice = {name: ratios(total).dice for name, total in zip(names, totals, strict=True)}
-        return ValidationScore(dice, mean(list(dice.values())))
-
-    def tune(self, network: nn.Module, device: torch.device, step: int) -> TunedDecode:
-        """Return the thresholds that the validation regions choose, predicted as prediction will do it."""
-        names = self._plan.class_names
-        histograms = np.zeros((len(names), 2, NUM_BINS), dtype=np.int64)
-        for probability, codes, states in self._predict(Predictor(network, self._plan, device)):
-            for k in range(len(names)):
-                histograms[k] += histogram(probability[k], states[:, k][codes])
-        tolerance = self._plan.validation.tolerance
-        return choose_thresholds(names, histograms, self._plan.decode.thresholds, tolerance, step)
-
-    def _predict(self, predictor: Predictor) -> Iterator[tuple[NDArray[np.float32], NDArray[Any], States]]:
-        """Yield (probabilities (classes, z, y, x), label codes, states of the codes) block by block."""
+        plan = self._plan
+        histograms = self._zeros()
         for target in self._targets:
+            self._count(self._predictor(network, device), target, histograms)
+        planned = plan.decode.thresholds
+        dice = {name: dice_at(h, planned[name]) for name, h in zip(plan.class_names, histograms, strict=True)}
+        tuned = None
+        if plan.decode.tune_thresholds and self._targets:
+            tuned = choose_thresholds(plan.class_names, histograms, planned, plan.validation.tolerance, step)
+        return Validated(ValidationScore(dice, mean(list(dice.values()))), tuned)
 
-            def read(tile: Box, target: _Target = target) -> NDArray[np.float32]:
-                grid = target.codes.grid.crop(target.box)
-                return read_input(target.em, grid, tile, self._plan.input_slices)[0]
+    def seconds(self, network: nn.Module, device: torch.device) -> float:
+        """Return how long a validation takes, from the second of two batches of tiles."""
+        if not self._targets:
+            return 0.0
+        predictor, first = self._predictor(network, device), self._targets[0]
+        box = predictor.one_batch(first.box.shape_zyx)
+        probe = first._replace(box=box.shift(first.box.start))
+        for _ in range(2):
+            start = time.perf_counter()
+            self._count(predictor, probe, self._zeros())
+            once = time.perf_counter() - start
+        num_tiles = sum(predictor.num_tiles(target.box.shape_zyx) for target in self._targets)
+        return once * num_tiles / predictor.num_tiles(box.shape_zyx)
 
-            for block in predictor.blocks(target.box.shape_zyx):
-                codes = target.codes.codes_ZYX[block.shift(target.box.start).slices]
-                yield predictor.predict(read, target.box.shape_zyx, block), codes, target.states_CK
+    def _zeros(self) -> NDArray[np.int64]:
+        return np.zeros((len(self._plan.class_names), 2, NUM_BINS), dtype=np.int64)
+
+    def _predictor(self, network: nn.Module, device: torch.device) -> Predictor:
+        plain = msgspec.structs.replace(self._plan.sliding_window, mirror_axes=(), transpose_yx=False)
+        return Predictor(network, msgspec.structs.replace(self._plan, sliding_window=plain), device)
+
+    def _count(self, predictor: Predictor, target: _Target, histograms_K2B: NDArray[np.int64]) -> None:
+        """Predict a region block by block and add its probabilities to the histograms."""
+        grid = target.codes.grid.crop(target.box)
+
+        def read(tile: Box) -> NDArray[np.float32]:
+            return read_input(target.em, grid, tile, self._plan.input_slices)[0]
+
+        for block in predictor.blocks(target.box.shape_zyx):
+            codes = target.codes.codes_ZYX[block.shift(target.box.start).slices]
+            probability = predictor.predict(read, target.box.shape_zyx, block)
+            for k, one in enumerate(probability):
+                histograms_K2B[k] += histogram(one, codes, target.states_CK[:, k])
