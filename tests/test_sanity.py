@@ -112,6 +112,23 @@ def test_the_same_crop_gives_the_same_traits_whatever_stands_beside_it(data: Pat
     assert measure(crops[1], codes, seed=1) != measure(crops[1], codes)
 
 
+def test_traits_are_kept_for_the_stored_bytes_that_they_were_measured_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crop = open_dataset(data).crops[0]
+    codes = open_codes(crop, crop.grid.voxel_size_nm, tmp_path)
+    first = traits.remembered(crop, codes, "a")
+    assert first == measure(crop, codes)
+    other = first._replace(num_greys=1)
+    monkeypatch.setattr(traits, "measure", lambda crop, codes: other)
+    assert traits.remembered(crop, codes, "a") == first
+    assert traits.remembered(crop, codes, "b") == other
+    (codes.folder / "traits-damaged.json").write_bytes(b"{")
+    for path in codes.folder.glob("traits-*.json"):
+        path.write_bytes(b"{")
+    assert traits.remembered(crop, codes, "a") == other
+
+
 # ---- shifted ------------------------------------------------------------------------------------------------
 
 

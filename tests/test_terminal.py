@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 
 import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
-from test_planner import tiny_facts_plan
+from test_planner import facts, tiny_facts_plan
 
+from autoseg.report import terminal
 from autoseg.report.terminal import plan_summary, plan_table
+from autoseg.schema import ClassCount, ClassShape, Quantiles
 
 
 def test_the_summary_of_a_plan_says_what_is_trained_and_how_long() -> None:
@@ -33,3 +38,35 @@ def test_the_table_of_a_plan_shows_each_reason_with_its_source() -> None:
     for reason in plan.reasons[:5]:
         assert reason.field in text
         assert f"({reason.source})" in " ".join(text.split())
+
+
+@given(st.integers(0, 10**15))
+def test_a_magnitude_has_three_digits_and_the_size_of_the_number(count: int) -> None:
+    text = terminal.magnitude(count)
+    figures, _, unit = text.partition(" ")
+    assert len(figures) <= 5
+    assert float(figures) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[unit] == pytest.approx(count, rel=0.005)
+
+
+def test_the_fingerprint_fits_a_terminal_of_80_columns() -> None:
+    found = facts(classes=("mito_mem", "er"), crops=289)
+    large = ClassCount(absent=10**9, present=10**8, unknown=0)
+    many = tuple(msgspec.structs.replace(crop, counts=dict.fromkeys(crop.counts, large)) for crop in found.crops)
+    shape = ClassShape(
+        name="mito_mem",
+        thickness_nm=Quantiles(p10=123, p50=150, p90=234),
+        in_plane=True,
+        thickness_cut_share=0.0,
+        num_instances=1234,
+        num_instances_cut=567,
+        instance_nm3=None,
+        sampled_crops=2,
+        sampled_voxels=10,
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal.fingerprint_table(msgspec.structs.replace(found, crops=many, shapes=(shape,))))
+    text = console.export_text()
+    assert "~150 (123–234)" in text
+    assert "1,234 + 567" in text
+    assert "289 of 289" in text
+    assert "…" not in text

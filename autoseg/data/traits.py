@@ -12,11 +12,13 @@ where the gradient under the outline would have two. Cost depends on the number 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
@@ -27,7 +29,9 @@ from autoseg.data.codes import CropCodes, index_blocks
 from autoseg.data.dataset import Crop
 from autoseg.data.resample import resample
 from autoseg.geometry import Box, Grid, VoxelsZYX
+from autoseg.schema import write_atomically
 
+TRAITS_VERSION = 1
 BOX_EDGE: VoxelsZYX = (16, 96, 96)
 NUM_BOXES, MAX_BOXES = 8, 16  # those on label boundaries; with those that show rare classes
 REACH = 3
@@ -81,6 +85,20 @@ class _Sample(NamedTuple):
     codes_ZYX: NDArray[np.intp]
     states_CK: States
     grey_ZYX: NDArray[Any]
+
+
+def remembered(crop: Crop, codes: CropCodes, digest: str) -> CropTraits:
+    """Return what `measure` does, kept beside the codes; `digest` stands for the stored EM and labels of the crop."""
+    meaning = repr((TRAITS_VERSION, digest, crop.name, crop.volume))
+    path = codes.folder / f"traits-{hashlib.sha256(meaning.encode()).hexdigest()[:24]}.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=CropTraits)
+    except (OSError, ValueError):
+        traits = measure(crop, codes)
+    with contextlib.suppress(OSError):
+        if codes.folder.is_dir():
+            write_atomically(path, msgspec.json.encode(traits))
+    return traits
 
 
 def measure(crop: Crop, codes: CropCodes, seed: int = 0) -> CropTraits:

@@ -23,7 +23,7 @@ from autoseg.data.em import finest_stored, measure_intensity
 from autoseg.data.integrity import find_missing, pin
 from autoseg.data.sanity import find
 from autoseg.data.shapes import measure_shape, pool_shape, sections_apart
-from autoseg.data.traits import measure
+from autoseg.data.traits import CropTraits, remembered
 from autoseg.errors import DataError
 from autoseg.schema import (
     ClassCount,
@@ -65,8 +65,7 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
         progress("crops", done, len(dataset.crops))
         try:
             opened = _open(crop, logic, names, cache)
-            facts, found = _crop_facts(opened, logic, names, cache)
-            traits.append(measure(crop, opened.codes))
+            facts, found, look = _crop_facts(opened, logic, names, cache)
         except DataError as error:
             left_out.append(_left_out(crop, error, dataset.root))
             refuse_too_many(data, len(dataset.crops) + len(dataset.left_out), left_out)
@@ -74,6 +73,7 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
         usable.append(opened)
         crops.append(facts)
         findings += found
+        traits.append(look)
     progress("crops", len(dataset.crops), len(dataset.crops))
     ems = {opened.crop.volume: opened.crop.em for opened in usable}
     volumes = tuple(_volume_facts(name, em, dataset.root, cache) for name, em in sorted(ems.items()))
@@ -123,7 +123,9 @@ def _open(crop: Crop, logic: Logic, names: list[str], cache: Path) -> _Opened:
     return _Opened(crop, codes, states[:, logic.columns(names)], np.asarray(conflicts.any(axis=1)), said)
 
 
-def _crop_facts(opened: _Opened, logic: Logic, names: list[str], cache: Path) -> tuple[CropFacts, list[Finding]]:
+def _crop_facts(
+    opened: _Opened, logic: Logic, names: list[str], cache: Path
+) -> tuple[CropFacts, list[Finding], CropTraits]:
     crop, histogram = opened.crop, opened.codes.histogram_C
     digest = pin(crop, store.checksums_in(cache))
     counts = {
@@ -147,7 +149,7 @@ def _crop_facts(opened: _Opened, logic: Logic, names: list[str], cache: Path) ->
         contradictions=opened.contradictions,
         stored_sha256=digest,
     )
-    return facts, list(find_missing(crop, opened.codes))
+    return facts, list(find_missing(crop, opened.codes)), remembered(crop, opened.codes, digest)
 
 
 def _shapes(

@@ -42,6 +42,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
+def magnitude(count: int) -> str:
+    """Return a number of voxels in three digits: 745, 74.5 k, 7.45 G."""
+    scaled, units = float(count), ["", " k", " M", " G", " T"]
+    while scaled >= 999.5 and len(units) > 1:
+        scaled, units = scaled / 1000, units[1:]
+    return f"{count}" if len(units) == 5 else f"{scaled:.3g}{units[0]}"
+
+
 def plan_table(plan: Plan) -> Table:
     """Return every decision with its value, reason and source; parameters of a preset are folded into it."""
     table = Table(title=f"plan {plan.name}", title_justify="left", expand=True, show_lines=False)
@@ -108,34 +116,34 @@ def short_value(value: Any) -> str:
 
 
 def fingerprint_table(facts: Fingerprint) -> Table:
-    """Return classes by their annotated and positive voxels, crops, thickness and instances."""
-    table = Table(title=f"{len(facts.crops)} crops in {len(facts.volumes)} volumes", title_justify="left")
-    for name in ("class", "annotated", "positive", "share", "annotate it", "contain it", "thickness nm", "instances"):
-        table.add_column(name, justify="left" if name == "class" else "right")
+    """Return classes by known and positive voxels, crops that hold and that annotate it, thickness and instances."""
+    title = f"{len(facts.crops)} crops in {len(facts.volumes)} volumes; instances: whole + cut by the sampled boxes"
+    table = Table(title=title, title_justify="left")
+    for name in ("class", "known", "positive", "share", "crops", "thickness nm", "instances"):
+        table.add_column(name, justify="left" if name == "class" else "right", no_wrap=True)
     shapes = {shape.name: shape for shape in facts.shapes}
     for entry in facts.classes:
         counts = [c.counts[entry.name] for c in facts.crops if entry.name in c.counts]
         positive, known = sum(c.present for c in counts), sum(c.present + c.absent for c in counts)
         table.add_row(
             entry.name,
-            f"{known:,}",
-            f"{positive:,}",
+            magnitude(known),
+            magnitude(positive),
             f"{positive / known:.2%}" if known else MISSING,
-            str(sum(_known(c) > 0 for c in counts)),
-            str(sum(c.present > 0 for c in counts)),
+            f"{sum(c.present > 0 for c in counts)} of {sum(_known(c) > 0 for c in counts)}",
             *_shape_cells(shapes.get(entry.name)),
         )
     return table
 
 
 def _shape_cells(shape: ClassShape | None) -> tuple[str, str]:
-    """Return the median thickness (p10-p90) and the whole instances that were sampled (and those cut)."""
+    """Return the median thickness (p10-p90; ~ in the plane) and the whole instances that were sampled + those cut."""
     if shape is None:
         return MISSING, MISSING
     thick = shape.thickness_nm
-    plane = " in plane" if shape.in_plane else ""
-    nm = f"{thick.p50:.0f} ({thick.p10:.0f}–{thick.p90:.0f}){plane}" if thick else "beyond the crops"
-    return nm, f"{shape.num_instances:,} (+{shape.num_instances_cut:,} cut)"
+    plane = "~" if shape.in_plane else ""
+    nm = f"{plane}{thick.p50:.0f} ({thick.p10:.0f}–{thick.p90:.0f})" if thick else "beyond boxes"
+    return nm, f"{shape.num_instances:,} + {shape.num_instances_cut:,}"
 
 
 def warn(facts: Fingerprint, console: Console) -> None:
