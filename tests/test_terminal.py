@@ -68,5 +68,5 @@ def test_the_fingerprint_fits_a_terminal_of_80_columns() -> None:
     text = console.export_text()
     assert "~150 (123–234)" in text
     assert "1,234 + 567" in text
-    assert "289 of 289" in text
+    assert "289/289" in text
     assert "…" not in text

@@ -130,7 +130,7 @@ def fingerprint_table(facts: Fingerprint) -> Table:
             magnitude(known),
             magnitude(positive),
             f"{positive / known:.2%}" if known else MISSING,
-            f"{sum(c.present > 0 for c in counts)} of {sum(_known(c) > 0 for c in counts)}",
+            f"{sum(c.present > 0 for c in counts)}/{sum(_known(c) > 0 for c in counts)}",
             *_shape_cells(shapes.get(entry.name)),
         )
     return table
