@@ -16,6 +16,7 @@ from autoseg.data.dataset import open_dataset
 from autoseg.data.em import EmReader, read_input
 from autoseg.data.store import ArrayReader, ChunkCache, open_multiscale
 from autoseg.geometry import Box
+from autoseg.schema import Normalization
 
 FOLDER = Path(__file__).parent / "benchmarks"
 CLASSES = 18  # mito, er and golgi among them, composites of the first fourteen
@@ -59,7 +60,7 @@ def test_generated_crops_are_read_in_place_and_lie_on_fetched_em(crops: Path) ->
     for crop in data.crops:
         assert crop.grid.shape_zyx == (32, 32, 32)
         assert len(crop.labels) == CLASSES
-        em = EmReader(crop.em, crop.grid.voxel_size_nm, "dtype", ChunkCache(2**24))
+        em = EmReader(crop.em, crop.grid.voxel_size_nm, Normalization(kind="dtype", volumes=()), ChunkCache(2**24))
         image, valid = read_input(em, crop.grid, Box.whole(crop.grid.shape_zyx), 1)
         assert valid is None or valid.all()
         assert image.std() > 0.02

@@ -25,6 +25,7 @@ from autoseg.data.store.codecs import decode_chunk
 from autoseg.errors import AutosegError, DamageError, DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
 from autoseg.plan import fingerprint
+from autoseg.schema import Normalization
 
 EM_GRID = Grid((8, 32, 48), (8.0, 4.0, 4.0), (0.0, 0.0, 0.0))
 SIZES: tuple[NmZYX, ...] = ((8.0, 4.0, 4.0), (8.0, 8.0, 8.0))
@@ -68,7 +69,7 @@ def numbers(data: Path, cache: Path) -> Numbers:
             found[f"{crop.name}/{name}"] = states[..., k], np.ones(states.shape[:3], bool)
         for size in SIZES:
             grid = crop.grid.at_voxel_size(size)
-            grey, valid = EmReader(crop.em, size, "volume", chunks).read(grid)
+            grey, valid = EmReader(crop.em, size, Normalization(kind="volume", volumes=()), chunks).read(grid)
             found[f"{crop.name} at {size}"] = grey, np.ones(grey.shape, bool) if valid is None else valid
     return found
 

@@ -18,11 +18,13 @@ from autoseg.data import store
 from autoseg.data.em import EmReader, Normalizer, make_normalizer, measure_intensity, read_input
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
+from autoseg.schema import Normalization, VolumeGrey
 
 SIZE: NmZYX = (8.0, 4.0, 4.0)
 SHAPE: VoxelsZYX = (8, 32, 32)
 GRID = Grid(SHAPE, SIZE, (16.0, -2.0, 0.0))
 KINDS: tuple[Any, ...] = ("dtype", "volume")
+BY_VOLUME = Normalization(kind="volume", volumes=())
 
 
 def write_em(path: Path, voxels: NDArray[Any], grid: Grid = GRID, chunk: VoxelsZYX = (4, 8, 8)) -> Path:
@@ -35,7 +37,12 @@ def textured(seed: int = 0, dtype: Any = np.uint8) -> NDArray[Any]:
 
 
 def reader_of(path: Path, kind: Any = "dtype", size: NmZYX = SIZE) -> EmReader:
-    return EmReader(path, size, kind, store.ChunkCache(2**24))
+    return EmReader(path, size, Normalization(kind=kind, volumes=()), store.ChunkCache(2**24))
+
+
+def normalizer_of(em: Path, kind: Any) -> Normalizer:
+    how = Normalization(kind=kind, volumes=())
+    return make_normalizer(how, em, store.open_multiscale(em), store.ChunkCache(2**24))
 
 
 def array_of(path: Path, level: int = 0) -> store.ArrayReader:
@@ -71,7 +78,7 @@ def test_any_box_is_a_part_of_the_whole_and_outside_is_invalid_zero(
 ) -> None:
     grey = textured()
     em = reader_of(write_em(tmp_path_factory.mktemp("box"), grey), "volume")
-    normalizer = make_normalizer("volume", array_of(em.multiscale.path))
+    normalizer = normalizer_of(em.multiscale.path, "volume")
     box = Box(start, (start[0] + shape[0], start[1] + shape[1], start[2] + shape[2]))
     found, valid = em.read(GRID.crop(box))
     inside = box.clip(Box.whole(SHAPE))
@@ -87,7 +94,7 @@ def test_any_box_is_a_part_of_the_whole_and_outside_is_invalid_zero(
 )
 def test_by_dtype_the_range_becomes_0_to_1(tmp_path: Path, dtype: Any, low: int, high: int) -> None:
     path = write_em(tmp_path, textured(dtype=dtype))
-    normalizer = make_normalizer("dtype", array_of(path))
+    normalizer = normalizer_of(path, "dtype")
     np.testing.assert_allclose(normalizer(np.array([low, high], dtype)), [0, 1], atol=1e-6)
 
 
@@ -124,7 +131,7 @@ def test_a_constant_volume_is_finite(tmp_path: Path) -> None:
 def test_floats_have_no_range_to_normalise_by(tmp_path: Path) -> None:
     path = write_em(tmp_path, textured(dtype=np.float32))
     with pytest.raises(DataError, match=r"s0: dtype float32 has no range.*normalization\.kind=volume"):
-        make_normalizer("dtype", array_of(path))
+        normalizer_of(path, "dtype")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -151,6 +158,22 @@ def test_intensity_is_measured_over_what_is_stored(tmp_path: Path) -> None:
     assert found.sd == pytest.approx(grey[there].std())
     assert (found.minimum, found.maximum) == (grey[there].min(), grey[there].max())
     assert (found.p0_5, found.p50, found.p99_5) == pytest.approx(tuple(np.percentile(grey[there], [0.5, 50, 99.5])))
+
+
+def test_by_volume_a_planned_volume_keeps_its_numbers_whatever_is_fetched_later(tmp_path: Path) -> None:
+    grey = textured()
+    grey[4:] //= 2
+    em = write_em(tmp_path / "v.zarr", grey)
+    looks: dict[str, Any] = {"name": "v", "dtype": "uint8", "shape_zyx": SHAPE}
+    planned = VolumeGrey(**looks, mean=100.0, sd=20.0)
+
+    def of(volume: VolumeGrey) -> Normalizer:
+        how = Normalization(kind="volume", volumes=(volume,))
+        return make_normalizer(how, em, store.open_multiscale(em), store.ChunkCache(2**24))
+
+    assert of(planned) == Normalizer(100.0, 20.0)
+    for other in ({"name": "w"}, {"dtype": "uint16"}, {"shape_zyx": (1, 2, 3)}):
+        assert of(VolumeGrey(**(looks | other), mean=100.0, sd=20.0)) == normalizer_of(em, "volume")
 
 
 def test_padding_does_not_count_but_a_few_black_voxels_do(tmp_path: Path) -> None:
@@ -269,7 +292,7 @@ def test_every_level_gives_the_same_physical_values(tmp_path: Path, level: int, 
     """Whatever level the plan's voxel size picks and whatever grid is asked for, a place keeps its value."""
     path, levels = write_ramp(tmp_path)
     em = reader_of(path, "volume", levels[level].voxel_size_nm)
-    normalizer = make_normalizer("volume", array_of(path))
+    normalizer = normalizer_of(path, "volume")
     target = GRID.at_voxel_size(size)
     margin = [math.ceil(8 / v) for v in size]
     inner = target.crop(Box.whole(target.shape_zyx).grow((-margin[0], -margin[1], -margin[2])))
@@ -295,7 +318,7 @@ def test_the_level_read_is_the_coarsest_that_is_fine_enough(tmp_path: Path) -> N
     ]:
         em = reader_of(path, "volume", (size[0], size[1], size[2]))
         exact, _ = em.read(levels[level])
-        normalizer = make_normalizer("volume", array_of(path))
+        normalizer = normalizer_of(path, "volume")
         assert np.array_equal(exact, normalizer(physical(levels[level])))
         assert em.grid == levels[0]
 
@@ -328,8 +351,8 @@ def write_fetched(path: Path) -> tuple[Path, list[Grid]]:
 
 def test_a_level_not_fetched_under_a_crop_is_passed_over_for_a_coarser_one(tmp_path: Path) -> None:
     em, (fine, _) = write_fetched(tmp_path)
-    reader = EmReader(em, fine.voxel_size_nm, "volume", store.ChunkCache(2**24))
-    normalizer = make_normalizer("volume", array_of(em))
+    reader = EmReader(em, fine.voxel_size_nm, BY_VOLUME, store.ChunkCache(2**24))
+    normalizer = normalizer_of(em, "volume")
     left, right = fine.crop(Box((0, 0, 0), (8, 16, 16))), fine.crop(Box((0, 0, 40), (8, 16, 56)))
     found, valid = reader.read(left)
     assert valid is None
@@ -343,7 +366,7 @@ def test_a_level_not_fetched_under_a_crop_is_passed_over_for_a_coarser_one(tmp_p
 def test_what_lies_around_a_crop_does_not_change_its_level(tmp_path: Path) -> None:
     """A patch at the edge of a crop reads the level of the crop, also where a coarser level holds more of the patch."""
     em, (fine, _) = write_fetched(tmp_path)
-    reader = EmReader(em, fine.voxel_size_nm, "volume", store.ChunkCache(2**24))
+    reader = EmReader(em, fine.voxel_size_nm, BY_VOLUME, store.ChunkCache(2**24))
     crop = fine.crop(Box((0, 0, 0), (8, 16, 16)))
     whole, _ = reader.read(crop)
     box = Box((0, 0, 12), (8, 16, 44))
@@ -356,12 +379,12 @@ def test_what_lies_around_a_crop_does_not_change_its_level(tmp_path: Path) -> No
 
 def test_a_few_chunks_that_are_missing_are_masked_rather_than_read_coarser(tmp_path: Path) -> None:
     em, (fine, _) = write_fetched(tmp_path)
-    reader = EmReader(em, fine.voxel_size_nm, "volume", store.ChunkCache(2**24))
+    reader = EmReader(em, fine.voxel_size_nm, BY_VOLUME, store.ChunkCache(2**24))
     grid = fine.crop(Box((0, 0, 0), (8, 32, 24)))
     found, valid = reader.read(grid)
     assert valid is not None, "two thirds are stored at s0, the rest is not made up"
     assert valid.mean() == pytest.approx(2 / 3)
-    assert np.array_equal(found[valid], make_normalizer("volume", array_of(em))(physical(grid))[valid])
+    assert np.array_equal(found[valid], normalizer_of(em, "volume")(physical(grid))[valid])
 
 
 @settings(max_examples=40)
@@ -383,7 +406,7 @@ def test_em_and_ground_truth_meet_by_centres_at_any_voxel_size(
     reader = reader_of(path, "volume", truth)
     found, valid = reader.read(grid)
     assert valid is None
-    normalizer = make_normalizer("volume", array_of(path))
+    normalizer = normalizer_of(path, "volume")
     read = store.open_multiscale(path).level_for(truth).grid.voxel_size_nm
     ratios = [t / r for t, r in zip(truth, read, strict=True)]
     # an average over 1.15 voxels sits a little beside its centre; half a voxel aside it would be a wrong registration

@@ -441,7 +441,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "decode.thresholds": ('{"mito": 0.25, "pm": 0.5}', {"mito": 0.25, "pm": 0.5}),
     "seed": ("7", 7),
 }
-SETTABLE = [name for name, _ in leaf_fields(Plan) if name.split(".")[0] not in DERIVED]
+SETTABLE = [name for name, _ in leaf_fields(Plan) if not {name, name.split(".")[0]} & set(DERIVED)]
 
 
 @cheap

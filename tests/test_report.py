@@ -155,7 +155,7 @@ def make_plan(names: tuple[str, ...], **changes: Any) -> Plan:
         loss=Loss(kind="bce", focal_gamma=2.0, tversky_alpha=0.5, tversky_beta=0.5, smooth=1.0, **weights),
         class_weights=dict.fromkeys(names, 1.0),
         sampling=Sampling(class_centred_fraction=0.5, class_floor=0.1, class_power=0.5, crops_per_step=4),
-        normalization=Normalization(kind="dtype"),
+        normalization=Normalization(kind="dtype", volumes=()),
         init=None,
         augmentation=Augmentation(preset="light", **augmentation),  # type: ignore[arg-type]
         optimizer=Optimizer(

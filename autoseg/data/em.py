@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,10 @@ from autoseg.data import store
 from autoseg.data.resample import resample
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX
-from autoseg.schema import Intensity
+from autoseg.schema import Intensity, Normalization
 
 CHUNK_CACHE_BYTES = 128 * 2**20  # decoded EM that a process keeps
-NormalizationKind = Literal["dtype", "volume"]
-SAMPLED_CHUNKS = 64
+SAMPLED_CHUNKS, SAMPLED_VOXELS = 64, 2**16  # voxels of each chunk
 PADDING_SHARE = 0.02
 MIN_SHARE_OF_BEST = 0.5
 
@@ -56,7 +55,7 @@ def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensit
         start = (z * array.chunk_zyx[0], y * array.chunk_zyx[1], x * array.chunk_zyx[2])
         stop = tuple(a + c for a, c in zip(start, array.chunk_zyx, strict=True))
         box = Box(start, (stop[0], stop[1], stop[2])).clip(whole)
-        parts.append(array.read(box).ravel()[:: max(1, box.num_voxels // 2**18)].copy())
+        parts.append(array.read(box).ravel()[:: max(1, box.num_voxels // SAMPLED_VOXELS)].copy())
     grey = np.concatenate(parts).astype(np.float64)
     if not np.isfinite(grey).all():
         raise DataError(array.path, "holds NaN or infinite grey values", "replace them by a finite value")
@@ -77,16 +76,24 @@ def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensit
     return found, float(array.stored_chunks.mean())
 
 
-def make_normalizer(kind: NormalizationKind, array: store.ArrayReader) -> Normalizer:
-    """Return the normalizer of the volume with this (finest stored) level; by dtype, integers become [0, 1]."""
+def make_normalizer(how: Normalization, em: Path, multiscale: store.Multiscale, cache: store.ChunkCache) -> Normalizer:
+    """Return the normalizer of a volume: by dtype, integers become [0, 1]; by volume, as planned if it is known."""
+    array = finest_stored(multiscale, cache)
     path, dtype = array.path, array.dtype
-    if kind == "dtype":
+    if how.kind == "dtype":
         if dtype.kind not in "ui":
             raise DataError(path, f"dtype {dtype} has no range to normalise by", "--set normalization.kind=volume")
         info = np.iinfo(dtype)
         return Normalizer(float(info.min), float(info.max) - float(info.min))
-    grey, _ = measure_intensity(array)
+    looks = (volume_name(em), str(dtype), multiscale.levels[0].grid.shape_zyx)
+    known = [v for v in how.volumes if (v.name, v.dtype, v.shape_zyx) == looks]
+    grey = known[0] if known else measure_intensity(array)[0]
     return Normalizer(grey.mean, max(grey.sd, 1e-6))
+
+
+def volume_name(em: Path) -> str:
+    """Return the name of the volume that holds this EM: that of its zarr."""
+    return next((folder.stem for folder in (em, *em.parents) if folder.suffix == ".zarr"), em.name)
 
 
 def finest_stored(multiscale: store.Multiscale, cache: store.ChunkCache) -> store.ArrayReader:
@@ -116,13 +123,13 @@ def stored_level(
 class EmReader:
     """Reads one EM volume on any grid; where the volume ends or was never fetched, the input is 0 and not valid."""
 
-    def __init__(self, em: Path, voxel_size_nm: NmZYX, kind: NormalizationKind, cache: store.ChunkCache) -> None:
+    def __init__(self, em: Path, voxel_size_nm: NmZYX, how: Normalization, cache: store.ChunkCache) -> None:
         self.multiscale = store.open_multiscale(em)
         self._levels = [
             (level.grid, store.ArrayReader(level.path, cache)) for level in self.multiscale.levels_for(voxel_size_nm)
         ]
         self._level_grid, self._array = self._levels[0]
-        self._normalize = make_normalizer(kind, finest_stored(self.multiscale, cache))
+        self._normalize = make_normalizer(how, em, self.multiscale, cache)
 
     @cached_property
     def complete(self) -> bool:

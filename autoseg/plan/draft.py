@@ -19,6 +19,7 @@ DERIVED = (
     "heads",
     "reasons",
     "disjoint",
+    "normalization.volumes",
     "predicted_memory_bytes",
     "predicted_ram_bytes",
     "predicted_step_s",
@@ -74,7 +75,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         field = field.strip()
         if not equals:
             raise PlanError(f"--set {pair}", "has no '='", "write --set field=value")
-        if field.split(".")[0] in DERIVED:
+        if field in DERIVED or field.split(".")[0] in DERIVED:
             raise PlanError(f"--set {field}", "is derived from other fields", "set what it depends on")
         parent, _, key = field.rpartition(".")
         keyed = get_origin(fields.get(parent)) is dict

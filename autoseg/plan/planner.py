@@ -72,6 +72,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("num_threads", network.choose_num_threads),
     ("num_workers", network.choose_num_workers),
     ("normalization.kind", data.choose_normalization),
+    ("normalization.volumes", data.choose_volume_greys),
     ("class_weights", data.choose_class_weights),
     ("sampling.class_centred_fraction", data.choose_sampling_fraction),
     ("sampling.class_floor", data.choose_class_floor),

@@ -11,7 +11,7 @@ from autoseg.data.em import CHUNK_CACHE_BYTES
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX, coarser_voxel_size
 from autoseg.plan.draft import Choice, Draft
-from autoseg.schema import CropFacts, nearest
+from autoseg.schema import CropFacts, VolumeGrey, nearest
 
 ANISOTROPY_OF_SECTIONS = 3.0
 VALID_SHARE = 0.9
@@ -193,6 +193,17 @@ def choose_normalization(draft: Draft) -> Choice:
     name, grey = greys[0]
     because = f"by mean and sd of each volume ({name}: {grey.mean:.0f} ± {grey.sd:.0f}), never of a patch"
     return Choice("volume", because, "per-patch scaling shifts grey values (origin experiments)")
+
+
+def choose_volume_greys(draft: Draft) -> Choice:
+    """Return mean and sd of each volume, so that EM that is fetched later changes no input."""
+    if draft["normalization.kind"] == "dtype":
+        return Choice((), "the range of the dtype needs none", "normalization.kind")
+    greys = tuple(
+        VolumeGrey(name=v.name, dtype=v.dtype, shape_zyx=v.shape_zyx, mean=v.intensity.mean, sd=v.intensity.sd)
+        for v in draft.fingerprint.volumes
+    )
+    return Choice(greys, "mean and sd of each, as measured; other volumes are measured when opened", "fingerprint")
 
 
 def choose_class_weights(draft: Draft) -> Choice:

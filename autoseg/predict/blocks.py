@@ -137,7 +137,7 @@ class _RegionWriter:
         self.thresholds = np.array([plan.decode.thresholds[name] for name in self.names])
         self.network_grid = region.grid.at_voxel_size(plan.voxel_size_nm)
         cache = store.ChunkCache(CACHE_BYTES, checksums)
-        self.em = EmReader(region.em, plan.voxel_size_nm, plan.normalization.kind, cache)
+        self.em = EmReader(region.em, plan.voxel_size_nm, plan.normalization, cache)
         self.folders = {name: folder / name for name in self.names}
         if probabilities:
             self.folders |= {f"{name} probability": folder / "probabilities" / name for name in self.names}

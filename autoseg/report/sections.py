@@ -16,7 +16,7 @@ from autoseg.data.dataset import Crop, Dataset
 from autoseg.data.em import EmReader
 from autoseg.errors import DataError
 from autoseg.geometry import Box
-from autoseg.schema import Region
+from autoseg.schema import Normalization, Region
 
 CACHE_BYTES = 128 * 2**20
 MAX_SIDE = 512
@@ -94,7 +94,7 @@ def _grey(crop: Crop, box: Box, step: int) -> NDArray[np.uint8]:
     voxel_size = crop.grid.voxel_size_nm
     level = store.open_multiscale(crop.em).level_for(voxel_size)
     integer = store.ArrayReader(level.path, cache).dtype.kind in "ui"
-    reader = EmReader(crop.em, voxel_size, "dtype" if integer else "volume", cache)
+    reader = EmReader(crop.em, voxel_size, Normalization(kind="dtype" if integer else "volume", volumes=()), cache)
     values, valid = reader.read(crop.grid.crop(box))
     plane = values[0]
     inside = plane if valid is None else plane[valid[0]]

@@ -48,6 +48,7 @@ from autoseg.schema.plans import (
     Split,
     SplitRule,
     Validation,
+    VolumeGrey,
 )
 from autoseg.schema.records import SCHEMA_VERSION, Artifact, Record
 from autoseg.schema.results import CheckpointHeader, ClassScore, Profile, ScoreRow, Scores, TunedDecode, WorkerTrial
@@ -97,6 +98,7 @@ __all__ = [
     "Validation",
     "ValidationScore",
     "VolumeFacts",
+    "VolumeGrey",
     "WorkerTrial",
     "check_plan",
     "decode",

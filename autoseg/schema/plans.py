@@ -91,10 +91,24 @@ class Sampling(Record, frozen=True, kw_only=True):
     crops_per_step: int
 
 
+class VolumeGrey(Record, frozen=True, kw_only=True):
+    """Mean and sd of the grey values of an EM volume, known again by its name, dtype and shape."""
+
+    name: str
+    dtype: str
+    shape_zyx: VoxelsZYX
+    mean: float
+    sd: float
+
+
 class Normalization(Record, frozen=True, kw_only=True):
-    """Grey value to network input: by the range of the dtype, or by mean and sd of each volume."""
+    """Grey value to network input: by the range of the dtype, or by mean and sd of each volume.
+
+    `volumes` are those of the planned data; a volume that is not among them is measured when it is opened.
+    """
 
     kind: Literal["dtype", "volume"]
+    volumes: tuple[VolumeGrey, ...]
 
 
 class Augmentation(Record, frozen=True, kw_only=True):

@@ -66,7 +66,7 @@ class PatchSampler:
         for region in plan.split.train:
             crop = data.crop(region.crop)
             if crop.em not in readers:
-                readers[crop.em] = EmReader(crop.em, plan.voxel_size_nm, plan.normalization.kind, chunks)
+                readers[crop.em] = EmReader(crop.em, plan.voxel_size_nm, plan.normalization, chunks)
             self._sources.append(self._open(crop, region, readers[crop.em], cache))
         rows = b"".join(self._rows)
         self.states_CK: States = np.frombuffer(rows, dtype=np.uint8).reshape(len(self._rows), -1)

@@ -53,7 +53,7 @@ class Validator:
             codes = open_codes(crop, plan.voxel_size_nm, cache)
             states, _ = logic.complete(logic.rows(codes.states_CK, codes.names))
             if crop.em not in readers:
-                readers[crop.em] = EmReader(crop.em, plan.voxel_size_nm, plan.normalization.kind, chunks)
+                readers[crop.em] = EmReader(crop.em, plan.voxel_size_nm, plan.normalization, chunks)
             box = scale_box(region, crop.grid.shape_zyx, codes.grid.shape_zyx)
             self._targets.append(_Target(box, codes, states[:, columns], readers[crop.em]))
 
