@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import psutil
-from make_crops import NAMES
-from side_autoseg import plan_of
 
 from autoseg.schema import Plan
 from autoseg.train import batches
@@ -110,6 +108,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    from make_crops import NAMES  # here, since a worker imports this file again, and these need MONAI
+    from side_autoseg import plan_of
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="made by make_crops.py")
     parser.add_argument("--samples", type=int, default=10_000)
