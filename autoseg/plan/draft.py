@@ -19,6 +19,7 @@ DERIVED = (
     "heads",
     "reasons",
     "disjoint",
+    "split.rule",
     "predicted_memory_bytes",
     "predicted_ram_bytes",
     "predicted_step_s",
@@ -74,7 +75,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         field = field.strip()
         if not equals:
             raise PlanError(f"--set {pair}", "has no '='", "write --set field=value")
-        if field.split(".")[0] in DERIVED:
+        if field in DERIVED or field.split(".")[0] in DERIVED:
             raise PlanError(f"--set {field}", "is derived from other fields", "set what it depends on")
         parent, _, key = field.rpartition(".")
         keyed = get_origin(fields.get(parent)) is dict
@@ -88,8 +89,11 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             value = msgspec.convert(_parse(text, value_type), value_type)
         except msgspec.ValidationError as error:
             what, remedy = explain(str(error), value_type)
-            choices = ", ".join(map(str, get_args(value_type))) if get_origin(value_type) is Literal else ""
-            raise PlanError(f"--set {field}", what, f"use one of {choices}" if choices else remedy) from None
+            if get_origin(value_type) is Literal:
+                remedy = f"use one of {', '.join(map(str, get_args(value_type)))}"
+            if field == "classes":
+                what, remedy = "holds records of classes", f"use --classes {text}"
+            raise PlanError(f"--set {field}", what, remedy) from None
         if not all(math.isfinite(number) for number in numbers(value)):
             raise PlanError(f"--set {field}", f"{text} is not a finite number", "correct the value")
         if keyed:
