@@ -60,6 +60,8 @@ def test_settings_of_one_mapping_add_up_and_the_last_of_a_field_counts() -> None
         ("patch_size_zyx=1,128", r"patch_size_zyx: .*length 3"),
         ("network.deep_supervision=maybe", r"Expected .?bool"),
         ("loss.kind=dize", r"Invalid enum value 'dize'"),
+        ("classes=pm,mito", r"classes: holds records of classes: use --classes pm,mito"),
+        ("classes=pm", r"use --classes pm"),
         ("optimizer.learning_rate=NaN", r"optimizer\.learning_rate"),
         ("optimizer.learning_rate=Infinity", r"optimizer\.learning_rate"),
     ],

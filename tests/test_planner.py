@@ -239,6 +239,8 @@ def test_a_cpu_takes_coarser_voxels_while_the_thinnest_class_still_spans_three()
     assert enough.voxel_size_nm == (50.0, 9.2, 9.2)
     assert "pm of 28 nm" in reason(enough, "voxel_size_nm")
     assert "3.0 voxels" in reason(enough, "voxel_size_nm")
+    assert "twice coarser along y, x" in reason(enough, "voxel_size_nm")
+    assert "4 times as much tissue" in reason(enough, "voxel_size_nm")
     assert "20x256x256" in reason(enough, "patch_size_zyx")
     for found in (
         thick(facts(), mito=200.0, pm=27.5),
@@ -251,6 +253,10 @@ def test_a_cpu_takes_coarser_voxels_while_the_thinnest_class_still_spans_three()
     assert plan(thick(facts(), mito=200.0, pm=27.6), gpu()).voxel_size_nm == (50.0, 4.6, 4.6)
     cubic = thick(facts((96, 96, 96), (8.0, 8.0, 8.0)), mito=200.0, pm=48.0)
     assert plan(cubic).voxel_size_nm == (16.0, 16.0, 16.0)
+    column = thick(facts((96, 96, 96), (8.0, 4.0, 8.0)), mito=200.0, pm=48.0)
+    assert plan(column).voxel_size_nm == (8.0, 8.0, 8.0)
+    assert "twice coarser along y than 8x4x8 nm" in reason(plan(column), "voxel_size_nm")
+    assert "2 times as much tissue" in reason(plan(column), "voxel_size_nm")
     one = thick(facts((1, 512, 512), (10.0, 10.0, 10.0)), mito=200.0, pm=60.0)
     assert plan(one).voxel_size_nm == (10.0, 20.0, 20.0), "one section has no neighbour to be averaged with"
 
@@ -357,6 +363,72 @@ def test_patches_share_places_only_where_chunks_do_not_stay_decoded(edge: int, b
     assert plan.sampling.crops_per_step == places
 
 
+def with_em(found: Fingerprint, voxel: NmZYX, shape: VoxelsZYX, dtype: str = "uint8") -> Fingerprint:
+    """Return the fingerprint with EM of that voxel size, shape and dtype around its crops."""
+    change = {"voxel_size_nm": voxel, "shape_zyx": shape, "dtype": dtype}
+    return msgspec.structs.replace(
+        found, volumes=tuple(msgspec.structs.replace(volume, **change) for volume in found.volumes)
+    )
+
+
+@cheap
+def test_decoded_em_is_counted_in_bytes_of_the_level_that_is_read() -> None:
+    def places(found: Fingerprint, **changes: Any) -> tuple[int, str]:
+        plan = make_plan("a", found, machine(), {"batch_size": 8, "accumulate_batches": 1} | changes)
+        return plan.sampling.crops_per_step, reason(plan, "sampling.crops_per_step")
+
+    crops = facts((300, 300, 300), (8.0, 8.0, 8.0))
+    mib = 3 * 300**3 / 2**20
+    assert places(crops)[0] == 8
+    shorts = places(with_em(crops, (8.0, 8.0, 8.0), (300, 300, 900), "uint16"))
+    assert (shorts[0], f"{2 * mib:.0f} MiB" in shorts[1]) == (4, True)
+    finer = places(with_em(crops, (5.0, 5.0, 5.0), (480, 480, 1440)))
+    assert (finer[0], f"{3 * 480**3 / 2**20:.0f} MiB" in finer[1]) == (4, True), "no level of 8 nm: 5 nm are read"
+    assert places(with_em(crops, (4.0, 4.0, 4.0), (600, 600, 1800)))[0] == 8, "its second level has 8 nm"
+
+
+@cheap
+def test_labels_finer_than_their_em_are_not_said_to_have_its_voxel_size() -> None:
+    plan = make_plan("a", with_em(facts((64, 64, 64), (2.0, 2.0, 2.0)), (4.0, 4.0, 4.0), (64, 64, 256)), machine(), {})
+    assert plan.voxel_size_nm == (4.0, 4.0, 4.0)
+    assert reason(plan, "voxel_size_nm").startswith("100% of the annotated voxels have it (that of their EM")
+    own = make_plan("a", facts((64, 64, 64), (4.0, 4.0, 4.0)), machine(), {})
+    assert reason(own, "voxel_size_nm") == "100% of the annotated voxels have it"
+
+
+@cheap
+def test_a_step_is_priced_only_on_the_device_that_was_measured() -> None:
+    priced = make_plan("a", facts(), machine(gpu()), {})
+    assert priced.predicted_step_s is not None
+    assert "share is estimated" in next(r.source for r in priced.reasons if r.field == "predicted_step_s")
+    other = make_plan("a", facts(), machine(gpu()), {"device": "cpu"})
+    assert other.predicted_step_s is None
+    assert reason(other, "predicted_step_s") == "the speed of this machine in fp32 on cpu was not measured"
+    assert make_plan("a", facts(), machine(), {}).predicted_step_s is not None
+
+
+@cheap
+def test_what_other_processes_hold_of_a_gpu_is_not_planned_with() -> None:
+    def batch(free_gib: float) -> tuple[int, str]:
+        card = msgspec.structs.replace(gpu(gib=24), free_bytes=int(free_gib * GIB))
+        plan = make_plan("a", facts(), machine(card), {})
+        return plan.batch_size, reason(plan, "batch_size")
+
+    alone, shared = batch(23.5), batch(6)
+    assert "20.4 GiB of GPU memory that" in alone[1], "a context of one's own is nobody else's"
+    assert "beside the 17.4 GiB of other processes" in shared[1]
+    assert shared[0] < alone[0]
+    with pytest.raises(PlanError, match=r"batch_size: one patch .* beside the 23\.4 GiB of other processes"):
+        batch(0)
+
+
+@cheap
+def test_reasons_do_not_name_a_batch_that_is_decided_later() -> None:
+    plan = make_plan("a", facts(), machine(), {"batch_size": 4})
+    assert "batches of" not in reason(plan, "network.norm")
+    assert "thousands" not in reason(plan, "network.features")
+
+
 @cheap
 def test_the_floor_of_a_class_is_a_share_of_all_patches_and_names_the_rarest_class() -> None:
     plan = make_plan("a", facts(), machine(), {})
@@ -389,7 +461,6 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "classes": ('[{"name": "pm"}]', (ClassEntry(name="pm"),)),
     "split.train": ('[{"crop": "v0/crop2"}]', (Region(crop="v0/crop2"),)),
     "split.validate": ('[{"crop": "v0/crop3"}]', (Region(crop="v0/crop3"),)),
-    "split.rule": ("user", "user"),
     "em_voxel_size_nm": ("50,4,4", (50.0, 4.0, 4.0)),
     "split.folds": ("3", 3),
     "split.fold": ("2", 2),
@@ -505,6 +576,7 @@ def test_fields_that_depend_on_a_setting_follow_it(pairs: list[str], follows: Ca
         (['split.train=[{"crop": "v0/crop7"}]'], r"split\.train: .*v0/crop7.*did you mean 'v0/crop"),
         (["budget_s=-5"], r"budget_s"),
         (["optimizer.num_steps=0"], r"optimizer\.num_steps"),
+        (["device=cuda"], r"device: cuda, and bench has no GPU: use cpu, or --hardware"),
         (["augmentation.scale_range=1.5,2"], r"augmentation\.scale_range: 1\.5, 2\.0"),
     ],
     ids=lambda v: ",".join(v)[:60] if isinstance(v, list) else "",

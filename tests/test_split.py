@@ -443,6 +443,36 @@ def test_setting_one_side_takes_it_from_the_other() -> None:
 
 
 @cheap
+@pytest.mark.parametrize("side", ["train", "validate"])
+@pytest.mark.parametrize(
+    "box",
+    [
+        pytest.param(((0, 0, 0), (20, 512, 513)), id="outside"),
+        pytest.param(((-1, 0, 0), (20, 512, 512)), id="before"),
+        pytest.param(((0, 0, 0), (20, 0, 512)), id="empty"),
+        pytest.param(((0, 300, 0), (20, 100, 512)), id="reversed"),
+    ],
+)
+def test_a_box_that_holds_nothing_or_leaves_its_crop_is_refused(side: str, box: tuple[VoxelsZYX, VoxelsZYX]) -> None:
+    regions = (Region(crop="v0/crop2", box_zyx=((0, 0, 0), (20, 512, 512))), Region(crop="v0/crop1", box_zyx=box))
+    with pytest.raises(PlanError, match=rf"^split\.{side}: box .* of v0/crop1 is empty or not inside \[20, 512, 512\]"):
+        make_plan("a", facts(), machine(), {f"split.{side}": regions})
+    assert getattr(make_plan("a", facts(), machine(), {f"split.{side}": regions[:1]}).split, side) == regions[:1]
+
+
+@cheap
+def test_a_split_that_trains_on_nothing_is_refused() -> None:
+    data = facts()
+    declared = tuple(msgspec.structs.replace(crop, split="validate") for crop in data.crops)
+    with pytest.raises(PlanError, match=r"split\.train: is empty \(datasplit\.csv fixes it\)"):
+        make_plan("a", msgspec.structs.replace(data, crops=declared), machine(), {})
+    everything = tuple(Region(crop=crop.name) for crop in data.crops)
+    for changes in ({"split.train": ()}, {"split.validate": everything}):
+        with pytest.raises(PlanError, match=r"split\.train: is empty \(set by the user"):
+            make_plan("a", data, machine(), changes)
+
+
+@cheap
 def test_sets_of_classes_can_be_asked_for_and_mean_what_is_there() -> None:
     data = facts(classes=("nuc", "pm", "synapse"))
     data = msgspec.structs.replace(data, class_sets={"mine": ("synapse", "pm", "gone")})

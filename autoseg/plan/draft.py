@@ -20,6 +20,7 @@ DERIVED = (
     "reasons",
     "disjoint",
     "normalization.volumes",
+    "split.rule",
     "predicted_memory_bytes",
     "predicted_ram_bytes",
     "predicted_step_s",
@@ -89,8 +90,11 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             value = msgspec.convert(_parse(text, value_type), value_type)
         except msgspec.ValidationError as error:
             what, remedy = explain(str(error), value_type)
-            choices = ", ".join(map(str, get_args(value_type))) if get_origin(value_type) is Literal else ""
-            raise PlanError(f"--set {field}", what, f"use one of {choices}" if choices else remedy) from None
+            if get_origin(value_type) is Literal:
+                remedy = f"use one of {', '.join(map(str, get_args(value_type)))}"
+            if field == "classes":
+                what, remedy = "holds records of classes", f"use --classes {text}"
+            raise PlanError(f"--set {field}", what, remedy) from None
         if not all(math.isfinite(number) for number in numbers(value)):
             raise PlanError(f"--set {field}", f"{text} is not a finite number", "correct the value")
         if keyed:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -33,42 +34,44 @@ def probe_hardware() -> Hardware:
     )
 
 
-def usable_threads() -> int:
-    """Return the CPU threads this process may use: affinity, cut by the cgroup's quota."""
+def usable_threads(root: Path = Path("/")) -> int:
+    """Return the CPU threads this process may use: affinity, cut by the quota of its cgroups in the files of `root`."""
     try:
         threads = len(os.sched_getaffinity(0))
     except AttributeError:
         threads = os.cpu_count() or 1
-    for folder in _cgroups():
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()[:2]
-            if quota != "max":
-                threads = min(threads, max(1, int(quota) // int(period)))
+    for folder in _cgroups(root, "cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", which is no limit
+                quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+                threads = min(threads, max(1, quota // period)) if quota > 0 else threads
     return threads
 
 
-def _cgroups() -> list[Path]:
-    """Return the folders of this process's cgroup (version 2) and of every one above it."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return [root]
-    own = next((line.split("::", 1)[1].lstrip("/") for line in lines if line.startswith("0::")), "")
-    folder = root / own
-    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
-
-
-def usable_ram_bytes() -> int:
-    """Return the RAM this process may use: the machine's, cut by the cgroup's limit."""
+def usable_ram_bytes(root: Path = Path("/")) -> int:
+    """Return the RAM this process may use: the machine's, cut by the limit of its cgroups in the files of `root`."""
     limits = [psutil.virtual_memory().total]
-    for path in [
-        *(folder / "memory.max" for folder in _cgroups()),
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    ]:
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(path.read_text()))
+    for folder in _cgroups(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
     return int(min(limits))
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroup and of every one above it, in version 2 and in version 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    # a container may not see its own path: the top of either version is looked at, too
+    for line in ["0::/", f"1:{controller}:/", *lines]:
+        _, controllers, own = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / (controller if controllers else "")
+        folder = top / own.lstrip("/")
+        yield from (folder, *(parent for parent in folder.parents if parent.is_relative_to(top)))
 
 
 def measure_conv_gflops(device: torch.device, threads: int) -> dict[str, float]:
@@ -125,7 +128,7 @@ def _gpu(index: int) -> Gpu:
 def _cpu_has_bf16() -> bool:
     """Return whether the CPU multiplies bf16 natively; elsewhere autocast to bf16 is emulated and slow."""
     flags = _cpuinfo("flags") or _cpuinfo("Features")
-    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _cpu_name() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from autoseg.schema import (
     check_plan,
     explain,
     nearest,
+    network_contradictions,
     sha256,
 )
 
@@ -113,12 +113,12 @@ def make_plan(name: str, fingerprint: Fingerprint, hardware: Hardware, settings:
     Raises PlanError where a setting contradicts another, or nothing fits the machine.
     """
     draft = Draft(fingerprint, hardware, settings)
-    _check_settings(settings)
+    _check_settings(settings, hardware)
     for field, rule in RULES:
         draft.decide(field, rule(draft))
         if field == "classes":
             _check_class_settings(draft)
-        if field == "network.kernels_zyx":
+        if field == "network.deep_supervision":
             _check_network(draft)
     values = draft.nested()
     del values["dimensions"]
@@ -138,7 +138,11 @@ def make_plan(name: str, fingerprint: Fingerprint, hardware: Hardware, settings:
     return plan
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
+def _check_settings(settings: Mapping[str, Any], hardware: Hardware) -> None:
+    if settings.get("device") == "cuda" and not hardware.gpus:
+        raise PlanError(
+            "device", f"cuda, and {hardware.name} has no GPU", "use cpu, or --hardware of a machine with one"
+        )
     for field in _POSITIVE:
         if not all(number > 0 for number in numbers(settings.get(field, ()))):
             raise PlanError(field, f"{settings[field]} is not positive", "use at least 1")
@@ -158,19 +162,6 @@ def _check_class_settings(draft: Draft) -> None:
 
 def _check_network(draft: Draft) -> None:
     """Refuse a network that cannot be built; what it costs is traced before the plan is complete."""
-    features, kernels, strides = (draft[f"network.{name}"] for name in ("features", "kernels_zyx", "strides_zyx"))
-    levels = len(strides) + 1
-    if len(features) != levels:
-        what = f"{len(features)} levels, and the patch is halved {levels - 1} times (network.strides_zyx)"
-        raise PlanError("network.features", what, f"give {levels} widths")
-    if len(kernels) != levels:
-        raise PlanError("network.kernels_zyx", f"{len(kernels)} kernels for {levels} levels", f"give {levels}")
-    if any(k % 2 == 0 for kernel in kernels for k in kernel):
-        raise PlanError("network.kernels_zyx", "a kernel edge is not odd", "use 1, 3, 5 or 7")
-    if any(s not in (1, 2) for stride in strides for s in stride):
-        raise PlanError("network.strides_zyx", "a stride is neither 1 nor 2", "use 1 or 2")
-    for axis, edge in enumerate(draft["patch_size_zyx"]):
-        step = math.prod(stride[axis] for stride in strides)
-        if edge % step:
-            what = f"{edge} along {'zyx'[axis]} is not a multiple of {step} (network.strides_zyx)"
-            raise PlanError("patch_size_zyx", what, f"use {max(step, edge // step * step)}")
+    edges = {"patch_size_zyx": draft["patch_size_zyx"]}
+    for contradiction in network_contradictions(network.drafted_network(draft), edges):
+        raise PlanError(*contradiction)

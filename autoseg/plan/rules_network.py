@@ -10,7 +10,7 @@ import msgspec
 
 from autoseg.errors import PlanError
 from autoseg.geometry import VoxelsZYX
-from autoseg.model.memory import StepCost, trace_step
+from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
 from autoseg.plan.draft import Choice, Draft
 from autoseg.schema import Loss, Network
 
@@ -103,7 +103,7 @@ def choose_features(draft: Draft) -> Choice:
     base, cap = (32, 320) if draft["device"] == "cuda" else (16, 128)
     widths = tuple(min(cap, base * 2**i) for i in range(levels))
     because = f"from {base} up to {cap}: " + (
-        "steps stay short enough for thousands of them" if base == 16 else "nnU-Net's widths"
+        "shorter steps, so that a budget holds more of them" if base == 16 else "nnU-Net's widths"
     )
     return Choice(widths, because, "a prototype, once: 32 scored .03 less on VNC" if base == 16 else "nnU-Net")
 
@@ -127,11 +127,8 @@ def choose_norm(draft: Draft) -> Choice:
     if draft["dimensions"] == "3d":
         return Choice("group", "batches of a few 3D patches are too small for batch norm", "Wu and He 2018")
     if draft["device"] == "cpu":
-        return Choice(
-            "batch",
-            "batches of 8; group and instance norm cost 83 % and 55 % more time",
-            "step time of a prototype, CPU",
-        )
+        because = "group and instance norm cost 83 % and 55 % more time"
+        return Choice("batch", because, "step time of a prototype, CPU")
     return Choice("instance", "independent of the batch", "nnU-Net")
 
 
@@ -174,11 +171,9 @@ def choose_batch_size(draft: Draft) -> Choice:
         batch -= 1
     need = cost.memory_bytes(batch, draft["device"])
     if need > room:
-        raise PlanError(
-            "batch_size",
-            f"one patch of {list(draft['patch_size_zyx'])} needs {need / GIB:.1f} GiB of {room / GIB:.1f} GiB",
-            "--set patch_size_zyx to half of it",
-        )
+        patch = list(draft["patch_size_zyx"])
+        what = f"one patch of {patch} needs {need / GIB:.1f} GiB of {room / GIB:.1f} GiB of {name}"
+        raise PlanError("batch_size", what, "--set patch_size_zyx to half of it")
     because = f"{need / GIB:.2f} GiB of the {room / GIB:.1f} GiB of {name} that may be used"
     return Choice(batch, because + ("" if batch < wanted else f"; {most}"), "traced step")
 
@@ -191,10 +186,8 @@ def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
     patch_s = _step_seconds(draft, 1)
     if flat and patch_s and draft["budget_s"] and wanted > 4 and draft["budget_s"] / (patch_s * wanted) < MIN_STEPS:
         steps = draft["budget_s"] / (patch_s * wanted)
-        return (
-            4,
-            f"{wanted} would leave {steps:.0f} steps in {draft['budget_s']:g} s (demo, 80 s: .62 with 8, .65 with 4)",
-        )
+        few = f"{wanted} would leave {steps:.0f} steps in {draft['budget_s']:g} s"
+        return 4, f"{few} (demo, 80 s, one run each, noise unknown: .62 with 8, .65 with 4)"
     return wanted, f"more than {wanted} would not help"
 
 
@@ -202,7 +195,11 @@ def _room(draft: Draft) -> tuple[int, str]:
     """Return the bytes that a training step may take, and of what."""
     if draft["device"] == "cpu":
         return int(draft.hardware.ram_bytes * RAM_SHARE), "RAM"
-    return int(draft.hardware.gpus[0].memory_bytes * VRAM_SHARE), "GPU memory"
+    gpu = draft.hardware.gpus[0]
+    # asking a GPU what is free takes a context, which the memory of a step counts already
+    held = max(0, gpu.memory_bytes - gpu.free_bytes - CUDA_CONTEXT_BYTES)
+    others = f" beside the {held / GIB:.1f} GiB of other processes" if held else ""
+    return int((gpu.memory_bytes - held) * VRAM_SHARE), f"GPU memory{others}"
 
 
 def choose_accumulate(draft: Draft) -> Choice:
@@ -259,23 +256,27 @@ def choose_ram(draft: Draft) -> Choice:
 
 def choose_step_s(draft: Draft) -> Choice:
     """Return the predicted seconds of an optimizer step, None where this machine's speed is unknown."""
-    speeds = draft.hardware.conv_gflops or {}
-    if draft["precision"] not in speeds:
-        return Choice(None, "the speed of this machine was not measured", "hardware")
+    speed = _conv_gflops(draft)
+    if speed is None:
+        because = f"the speed of this machine in {draft['precision']} on {draft['device']} was not measured"
+        return Choice(None, because, "hardware")
     patches = draft["batch_size"] * draft["accumulate_batches"]
-    share = _conv_share(draft)
-    because = f"{patches * step_cost(draft).patch_flops / 1e9:.0f} Gflop at {speeds[draft['precision']]:.0f} Gflop/s"
-    return Choice(
-        _step_seconds(draft, patches), f"{because}, convolutions being {share:.0%} of a step", "measured convolution"
-    )
+    because = f"{patches * step_cost(draft).patch_flops / 1e9:.0f} Gflop at {speed:.0f} Gflop/s, convolutions being "
+    because += f"{_conv_share(draft):.0%} of a step"
+    origin = "measured on VNC" if draft["device"] == "cpu" else "estimated"
+    return Choice(_step_seconds(draft, patches), because, f"measured convolution; its share is {origin}")
 
 
 def _step_seconds(draft: Draft, patches: int) -> float | None:
     """Return the predicted seconds of a step of so many patches, None where the speed is unknown."""
-    speed = (draft.hardware.conv_gflops or {}).get(draft["precision"])
-    if speed is None:
-        return None
-    return patches * step_cost(draft).patch_flops / (speed * 1e9) / _conv_share(draft)
+    speed = _conv_gflops(draft)
+    return None if speed is None else patches * step_cost(draft).patch_flops / (speed * 1e9) / _conv_share(draft)
+
+
+def _conv_gflops(draft: Draft) -> float | None:
+    """Return the speed of a convolution on the plan's device, None where another device was measured."""
+    measured = "cuda" if draft.hardware.gpus else "cpu"
+    return (draft.hardware.conv_gflops or {}).get(draft["precision"]) if draft["device"] == measured else None
 
 
 def _conv_share(draft: Draft) -> float:
@@ -290,11 +291,15 @@ def choose_budget(draft: Draft) -> Choice:
     return Choice(DEFAULT_BUDGET_S[draft["device"]], f"no --budget given: {hours:g} h on this device", "default")
 
 
+def drafted_network(draft: Draft) -> Network:
+    """Return the network as decided, whether it can be built or not."""
+    return Network(**{name: draft[f"network.{name}"] for name in Network.__struct_fields__})
+
+
 def step_cost(draft: Draft) -> StepCost:
     """Return the traced cost of the drafted step."""
-    network = Network(**{name: draft[f"network.{name}"] for name in Network.__struct_fields__})
     loss = Loss(**{name: draft[f"loss.{name}"] for name in Loss.__struct_fields__})
-    key = (msgspec.json.encode(network), msgspec.json.encode(loss))
+    key = (msgspec.json.encode(drafted_network(draft)), msgspec.json.encode(loss))
     patch = tuple(draft["patch_size_zyx"])
     return _cached_cost(key, draft["input_slices"], len(draft["classes"]), patch, draft["precision"])
 

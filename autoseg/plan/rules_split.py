@@ -9,19 +9,20 @@ import msgspec
 from autoseg.data.islands import SplitCrop, count_leaks
 from autoseg.data.split import DEFAULT_FOLDS, derive_split, split_crops
 from autoseg.errors import PlanError
+from autoseg.geometry import VoxelsZYX
 from autoseg.plan.draft import Choice, Draft
-from autoseg.schema import Split, nearest
+from autoseg.schema import Region, Split, nearest
 
-SPLIT_FIELDS = Split.__struct_fields__
+SETTABLE = ("train", "validate", "folds", "fold")
 
 
 def choose_split(draft: Draft) -> Choice:
     """Return the split of data/split.py with the sides that the user set in their place, and what leaks.
 
-    Where the user sets one side, the other keeps what does not overlap it.
+    Where the user sets one side, the other keeps what does not overlap it. Raises PlanError where nothing trains.
     """
     crops = split_crops(draft.fingerprint, [entry.name for entry in draft["classes"]])
-    asked = {name: draft.settings[f"split.{name}"] for name in SPLIT_FIELDS if f"split.{name}" in draft.settings}
+    asked = {name: draft.settings[f"split.{name}"] for name in SETTABLE if f"split.{name}" in draft.settings}
     fold = asked.pop("fold", None)
     folds = asked.pop("folds", DEFAULT_FOLDS if fold is not None else None)
     split = derive_split(crops, draft["seed"], folds=folds, fold=fold)
@@ -36,8 +37,10 @@ def choose_split(draft: Draft) -> Choice:
     if folds is not None:
         because = f"fold {split.fold} of {folds}: {because}"
     if asked:
-        split = _split_asked(draft, split, asked, crops)
+        split = _split_asked(split, asked, crops)
         because = f"set by the user ({', '.join(asked)}), else: {because}"
+    if not split.train:
+        raise PlanError("split.train", f"is empty ({because})", "leave at least one crop to train on")
     leaks = count_leaks(split, crops)
     numbers = f"{len(split.train)} regions train, {len(split.validate)} validate, {leaks.regions} of them leak"
     numbers += f" ({leaks.voxels:,} voxels that train too)" if leaks.regions else ""
@@ -45,21 +48,31 @@ def choose_split(draft: Draft) -> Choice:
     return Choice(split, f"{because}; {numbers}{_one_sided(split, crops)}", source)
 
 
-def _split_asked(draft: Draft, split: Split, asked: dict[str, Any], crops: list[SplitCrop]) -> Split:
-    names = [crop.name for crop in draft.fingerprint.crops]
-    for side in ("train", "validate"):
-        for region in asked.get(side, ()):
-            if region.crop not in names:
-                near = nearest(region.crop, names)
-                hint = f"did you mean {near}?" if near else f"it has {', '.join(names[:8])}"
-                raise PlanError(f"split.{side}", f"{region.crop} is not in this data", hint)
-    split = msgspec.structs.replace(split, **({"rule": "user"} | asked))
+def _split_asked(split: Split, asked: dict[str, Any], crops: list[SplitCrop]) -> Split:
+    shapes = {crop.name: crop.shape_zyx for crop in crops}
+    for side, regions in asked.items():
+        for region in regions:
+            _check_region(f"split.{side}", region, shapes)
+    split = msgspec.structs.replace(split, rule="user", **asked)
     if len({"train", "validate"} & set(asked)) == 1:
         other = "validate" if "train" in asked else "train"
         alone = [msgspec.structs.replace(split, **{other: (region,)}) for region in getattr(split, other)]
         kept = tuple(getattr(one, other)[0] for one in alone if count_leaks(one, crops).regions == 0)
         return msgspec.structs.replace(split, **{other: kept})
     return split
+
+
+def _check_region(field: str, region: Region, shapes: dict[str, VoxelsZYX]) -> None:
+    """Refuse a crop that is not there, and a box that does not lie in it or is empty."""
+    if region.crop not in shapes:
+        near = nearest(region.crop, list(shapes))
+        hint = f"did you mean {near}?" if near else f"it has {', '.join(list(shapes)[:8])}"
+        raise PlanError(field, f"{region.crop} is not in this data", hint)
+    shape = shapes[region.crop]
+    box = region.box(shape)
+    if not all(0 <= a < b <= n for a, b, n in zip(box.start, box.stop, shape, strict=True)):
+        what = f"box {list(box.start)} to {list(box.stop)} of {region.crop} is empty or not inside {list(shape)}"
+        raise PlanError(field, what, "box_zyx is [start, stop], start below stop on each axis, in voxels of the labels")
 
 
 def _one_sided(split: Split, crops: list[SplitCrop]) -> str:

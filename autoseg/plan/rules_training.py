@@ -182,7 +182,7 @@ def choose_tolerance(draft: Draft) -> Choice:
     because = "smaller differences are noise of the validation regions; then the later weights are kept"
     if draft["split"].rule == "box":
         because = f"one box is a noisy judge: {because}, which saw the lowest rate"
-        return Choice(0.1, because, "VNC: the box preferred step 334 of 1,000 by .016; the last scored .049 more")
+        return Choice(0.1, because, "VNC, once: the box preferred step 334 of 1,000 by .016; the last had .049 more")
     return Choice(0.01, because, "noise band .013 (origin experiments)")
 
 

@@ -1,6 +1,6 @@
 """Artifacts as frozen records (`records`), their JSON (`files`), events, and what a plan must satisfy (`checks`)."""
 
-from autoseg.schema.checks import check_plan
+from autoseg.schema.checks import check_plan, network_contradictions
 from autoseg.schema.events import Observer, Outcome, StepResult, ValidationScore
 from autoseg.schema.facts import (
     ClassCount,
@@ -107,6 +107,7 @@ __all__ = [
     "load",
     "load_as",
     "nearest",
+    "network_contradictions",
     "read_json_lines",
     "save",
     "sha256",

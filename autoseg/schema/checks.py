@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from autoseg.errors import PlanError
-from autoseg.schema.plans import Plan
+from autoseg.geometry import VoxelsZYX
+from autoseg.schema.plans import Network, Plan
 
 
 def check_plan(plan: Plan, where: object) -> None:
@@ -16,35 +17,36 @@ def check_plan(plan: Plan, where: object) -> None:
 
 
 def _contradictions(plan: Plan) -> Iterator[tuple[str, str, str]]:
-    yield from _network(plan)
+    edges = {"patch_size_zyx": plan.patch_size_zyx, "sliding_window.tile_zyx": plan.sliding_window.tile_zyx}
+    yield from network_contradictions(plan.network, edges)
     yield from _input(plan)
     yield from _classes(plan)
     yield from _run(plan)
 
 
-def _network(plan: Plan) -> Iterator[tuple[str, str, str]]:
-    network = plan.network
-    levels = len(network.features)
+def network_contradictions(network: Network, edges: Mapping[str, VoxelsZYX]) -> Iterator[tuple[str, str, str]]:
+    """Yield (field, what, remedy) of why no such network can be built, or not for boxes of these edges by field."""
+    levels, halved = len(network.features), len(network.strides_zyx)
     if levels < 2 or min(network.features) < 1:
         yield "network.features", f"{list(network.features)}", "give at least two levels of positive widths"
+    elif levels != halved + 1 == len(network.kernels_zyx):
+        what = f"{levels} levels, and the patch is halved {halved} times (network.strides_zyx)"
+        yield "network.features", what, f"give {halved + 1} widths"
     elif len(network.kernels_zyx) != levels:
         yield (
             "network.kernels_zyx",
             f"{len(network.kernels_zyx)} kernels for {levels} levels",
             "give one for each level",
         )
-    elif len(network.strides_zyx) != levels - 1:
-        yield "network.strides_zyx", f"{len(network.strides_zyx)} strides", f"give {levels - 1}, one between two levels"
+    elif halved != levels - 1:
+        yield "network.strides_zyx", f"{halved} strides", f"give {levels - 1}, one between two levels"
     elif any(k < 1 or k % 2 == 0 for kernel in network.kernels_zyx for k in kernel):
         yield "network.kernels_zyx", "a kernel edge is not odd", "use 1, 3, 5 or 7"
     elif any(s not in (1, 2) for stride in network.strides_zyx for s in stride):
         yield "network.strides_zyx", "a stride is neither 1 nor 2", "use 1 or 2"
     else:
-        for name, edges in (
-            ("patch_size_zyx", plan.patch_size_zyx),
-            ("sliding_window.tile_zyx", plan.sliding_window.tile_zyx),
-        ):
-            for axis, edge in enumerate(edges):
+        for name, box in edges.items():
+            for axis, edge in enumerate(box):
                 step = math.prod(stride[axis] for stride in network.strides_zyx)
                 if edge < 1 or edge % step:
                     near = max(step, edge // step * step)

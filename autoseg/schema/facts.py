@@ -179,7 +179,7 @@ class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
 
 
 class Gpu(Record, frozen=True, kw_only=True):
-    """One accelerator."""
+    """One accelerator; `free_bytes` of its memory no process held when it was looked at."""
 
     name: str
     memory_bytes: int
@@ -189,7 +189,10 @@ class Gpu(Record, frozen=True, kw_only=True):
 
 
 class Hardware(Artifact, frozen=True, kw_only=True, tag="hardware"):
-    """What a planner may know of a machine; `conv_gflops` is measured, by precision, or None."""
+    """What a planner may know of a machine.
+
+    `conv_gflops` is measured, by precision, on the first GPU or, where there is none, on the CPU; None if it was not.
+    """
 
     name: str
     gpus: tuple[Gpu, ...]
