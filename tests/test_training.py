@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
-from strategies import child_environment, make_dataset
+from strategies import child_environment, em_path, make_dataset
 from test_planner import tiny_plan
 from torch import Tensor
 
+from autoseg.data.store import ArrayReader, ChunkCache, create_array, open_multiscale
 from autoseg.errors import CheckpointError, PlanError
+from autoseg.geometry import Box
 from autoseg.model import checkpoint
 from autoseg.model.networks import build_network
 from autoseg.plan import fingerprint
@@ -36,7 +40,7 @@ from autoseg.schema import (
     read_json_lines,
     save,
 )
-from autoseg.train import batches, loop, make_step, train
+from autoseg.train import batches, loop, make_step, train, validation
 from autoseg.train.schedule import rate_factor
 from autoseg.train.step import Learner
 
@@ -451,6 +455,35 @@ def test_validation_counts_the_same_voxels_every_time(straight: tuple[Plan, Path
     scores = [validator.score(learner.averaged_network(), torch.device("cpu"), 1).score for _ in range(2)]
     assert scores[0] == scores[1]
     assert set(scores[0].dice) == set(plan.class_names)
+
+
+def test_validation_does_not_count_voxels_whose_em_was_never_fetched(tmp_path: Path) -> None:
+    from autoseg.data.dataset import open_dataset
+    from autoseg.train.validation import Validator
+
+    data, cache = make_dataset(tmp_path / "data", shape=(4, 64, 64), partial=False, validate=(2,)), tmp_path / "cache"
+    plan, cpu = tiny_plan(data, cache), torch.device("cpu")
+    level = em_path(data, "demo") / "s0"
+    grid = open_multiscale(em_path(data, "demo")).levels[0].grid
+    grey = ArrayReader(level, ChunkCache(0)).read(Box.whole(grid.shape_zyx))
+    shutil.rmtree(level)
+    create_array(level, grid.shape_zyx, np.uint8, (4, 32, 32))[:] = grey
+    network = Learner(plan, 8, cpu).averaged_network()
+
+    def known() -> int:
+        found: list[Any] = []
+        validator = Validator(plan, open_dataset(data), cache / "other", 2**24)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(validation, "dice_at", lambda counts, _: found.append(counts.sum()))
+            validator.score(network, cpu, 1)
+        return int(sum(found))
+
+    whole = known()
+    assert whole == 3 * 4 * 64 * 64
+    chunks = sorted(p for p in level.rglob("*") if p.is_file() and not p.name.startswith((".", "zarr.json")))
+    assert len(chunks) == 8
+    chunks[-1].unlink()
+    assert known() == whole - 3 * 4 * 32 * 32
 
 
 def test_validation_chooses_thresholds_for_the_best_weights_and_says_how_long_it_takes(
