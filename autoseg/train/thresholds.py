@@ -4,7 +4,7 @@ A run draws rare classes more often than they occur, so its probabilities of the
 where Dice is best. The choice is guarded: few positives, or a gain inside the noise, keep the plan's threshold.
 Each validation counts its probabilities by class, state and value; every Dice and threshold follows from these.
 They are of the network without the mirrored copies over which a prediction may average: eight copies would make every
-validation eight times as long, too much of a short run. The thresholds are used for averaged probabilities all the same.
+validation eight times as long, too much of a short run. The thresholds apply to averaged probabilities all the same.
 """
 
 from __future__ import annotations
