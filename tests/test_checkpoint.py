@@ -63,7 +63,7 @@ for _ in range(20):
     os.waitpid(child, 0)
     done = os.read(read, 10**6).split()
     os.close(read)
-    found = checkpoint.verify(checkpoint.newest(folder)).step
+    found = checkpoint.newest(folder)[1].step
     best = checkpoint.verify(checkpoint.find(folder, "best")).step
     print(json.dumps({"done": int(done[-1]) if done else step, "found": found, "best": best}), flush=True)
     step = found
@@ -78,9 +78,16 @@ def save(folder: Path, step: int, *, best: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-def step_of(path: Path | None) -> int:
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint after checking every byte of it."""
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert found[1].step == step_of(found[0])
+    return found[1].step
+
+
+def step_of(path: Path) -> int:
     """Return the step of a checkpoint after checking every byte of it."""
-    assert path is not None
     header = checkpoint.verify(path)
     for name in (checkpoint.WEIGHTS, checkpoint.STATE):
         for tensor in checkpoint.load_tensors(path / name).values():
@@ -114,7 +121,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeypa
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2, best=True)
-    assert step_of(checkpoint.newest(tmp_path)) == 1
+    assert newest_step(tmp_path) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last"]
 
 
@@ -123,10 +130,10 @@ def test_a_kill_between_two_renames_leaves_a_whole_checkpoint(tmp_path: Path, mo
     for step in (1, 2, 3):
         save(tmp_path, step, best=step < 3)
     (tmp_path / moment).rename(tmp_path / f".old-{moment}")
-    assert step_of(checkpoint.newest(tmp_path)) >= 2
+    assert newest_step(tmp_path) >= 2
     assert step_of(checkpoint.find(tmp_path, "best")) == 2
     save(tmp_path, 4)
-    assert step_of(checkpoint.newest(tmp_path)) == 4
+    assert newest_step(tmp_path) == 4
     assert step_of(tmp_path / "best") == 2, "a later save puts it back in its place"
 
 
@@ -143,8 +150,24 @@ def test_sigkill_at_any_moment_of_saving_leaves_a_readable_newest_and_best_check
         assert kill["done"] <= kill["best"] <= kill["done"] + 1, "the best checkpoint is gone"
     assert kills[-1]["found"] > 20, "the children were saving all the while"
     save(folder, 10**6, best=True)
-    assert step_of(checkpoint.newest(folder)) == 10**6
+    assert newest_step(folder) == 10**6
     assert sorted(p.name for p in folder.iterdir()) == ["best", "last", "previous"], "leftovers are cleared away"
+
+
+def test_best_is_the_last_resort_and_damage_everywhere_is_an_error(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, best=step == 1)
+    for name, found in (("last", 2), ("previous", 1)):
+        (tmp_path / name / checkpoint.STATE).write_bytes(b"torn")
+        assert newest_step(tmp_path) == found
+    (tmp_path / "best" / checkpoint.HEADER).unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole \(last, previous, best\).*remove this folder"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_first_save_that_was_killed_leaves_nothing_to_resume(tmp_path: Path) -> None:
+    (tmp_path / ".writing-77").mkdir()
+    assert checkpoint.newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.STATE])
@@ -161,7 +184,7 @@ def test_a_damaged_file_is_refused_and_the_checkpoint_before_is_taken(tmp_path: 
         path.write_bytes({"truncated": content[:-9], "bit": content, "empty": b""}[damage])
     with pytest.raises(CheckpointError, match=f"{name}: is missing or damaged"):
         checkpoint.verify(tmp_path / "last")
-    assert step_of(checkpoint.newest(tmp_path)) == 1
+    assert newest_step(tmp_path) == 1
 
 
 @pytest.mark.parametrize("header", [b"", b"{", b'{"kind": "plan"}', b'{"kind": "checkpoint", "step": "one"}'])
@@ -171,7 +194,7 @@ def test_a_damaged_header_is_refused_and_the_checkpoint_before_is_taken(tmp_path
     (tmp_path / "last" / checkpoint.HEADER).write_bytes(header)
     with pytest.raises(PlanError, match=r"header\.json"):
         checkpoint.verify(tmp_path / "last")
-    assert step_of(checkpoint.newest(tmp_path)) == 1
+    assert newest_step(tmp_path) == 1
 
 
 class Bomb:

@@ -129,6 +129,7 @@ def test_extreme_logits_keep_value_and_gradient_finite(kind: str, size: float, r
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_perfect_answer_costs_nothing_and_a_gradient_step_helps(kind: str) -> None:
     logits, target = draw()
+    assert masked_loss(60 * (2 * target - 1), target, mask(), loss_of(kind), EVEN).abs() < 1e-6
     logits.requires_grad_()
     value = masked_loss(logits, target, mask(), loss_of(kind), EVEN)
     (gradient,) = torch.autograd.grad(value, logits)
@@ -310,3 +311,20 @@ def test_coarser_levels_are_compared_with_the_same_place_and_weigh_half() -> Non
         loss([logits, coarse], MaskTargets(target, unknown))
         == masked_loss(logits, target, unknown, plan.loss, weights) / 1.5
     )
+
+
+@given(st.integers(0, 2**31), st.floats(0.2, 1), st.floats(0.1, 0.9))
+def test_every_coarser_level_is_shrunk_from_the_annotation_itself(seed: int, known_share: float, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(shape, generator=generator)  # noqa: E731
+    target, known = (rand(1, 2, 2, 8, 8) < share).float(), (rand(1, 2, 2, 8, 8) < known_share).float()
+    logits = [torch.randn((1, 2, z, n, n), generator=generator) for z, n in ((2, 8), (2, 4), (1, 2))]
+    loss, weights, expected = loss_of(), torch.ones(2), []
+    for out in logits:
+        z, n = 2 // out.shape[2], 8 // out.shape[3]
+        split = lambda t, z=z, n=n: t.reshape(1, 2, 2 // z, z, 8 // n, n, 8 // n, n)  # noqa: E731
+        num_present, num_known = (split(t).sum(dim=(3, 5, 7)) for t in (target * known, known))
+        real = (2 * num_known >= z * n * n).float()
+        expected.append(masked_loss(out, (2 * num_present >= num_known).float(), real, loss, weights))
+    found = losses.supervised_loss(logits, MaskTargets(target, known), loss, weights)
+    torch.testing.assert_close(found, (expected[0] + expected[1] / 2 + expected[2] / 4) / 1.75)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from test_planner import facts, tiny_facts_plan
 
 from autoseg.report import terminal
 from autoseg.report.terminal import plan_summary, plan_table
-from autoseg.schema import ClassCount, ClassShape, Quantiles
+from autoseg.schema import ClassCount, ClassShape, Outcome, Quantiles
 
 
 def test_the_summary_of_a_plan_says_what_is_trained_and_how_long() -> None:
@@ -70,3 +71,12 @@ def test_the_fingerprint_fits_a_terminal_of_80_columns() -> None:
     assert "1,234 + 567" in text
     assert "289/289" in text
     assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    ("later", "says"),
+    [(9.0, "the loss rose at the end, from 0.1 to 9"), (0.05, "was still falling"), (0.1, "had levelled off")],
+)
+def test_the_verdict_says_where_the_loss_went_at_the_end(later: float, says: str) -> None:
+    outcome = Outcome(Path("run"), 20, 20, 0.5, 0.5, None)
+    assert says in terminal.verdict(outcome, [1.0] * 16 + [0.1] * 2 + [later] * 2, [0.5])

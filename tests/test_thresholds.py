@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
 from autoseg.metrics.overlap import Counts, ratios
 from autoseg.schema import TunedDecode
-from autoseg.train.thresholds import NUM_BINS, choose_thresholds, dice_at, histogram
+from autoseg.train.thresholds import NUM_BINS, choose_thresholds, dice_at, histograms
 
 
 def draw(num_present: int, num_absent: int, shift: float) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -24,7 +24,7 @@ def draw(num_present: int, num_absent: int, shift: float) -> tuple[NDArray[np.fl
 
 
 def tuned(probability: NDArray[np.float32], states: NDArray[np.uint8]) -> TunedDecode:
-    counts = histogram(probability, states, np.arange(3, dtype=np.uint8))[None]
+    counts = histograms(probability[None], states, np.arange(3, dtype=np.uint8)[:, None])
     return choose_thresholds(["pm"], counts, {"pm": 0.5}, tolerance=0.01, step=7)
 
 
@@ -59,7 +59,8 @@ def test_a_class_that_is_nowhere_keeps_one_half_and_has_no_dice() -> None:
 
 def test_unknown_voxels_do_not_count_and_the_last_bin_holds_one() -> None:
     states = np.array([PRESENT, ABSENT, UNKNOWN], dtype=np.uint8)
-    counts = histogram(np.array([1.0, 0.0, 0.5], dtype=np.float32), states, np.arange(3, dtype=np.uint8))
+    probability = np.array([[1.0, 0.0, 0.5]], dtype=np.float32)
+    (counts,) = histograms(probability, states, np.arange(3, dtype=np.uint8)[:, None])
     assert counts.shape == (2, NUM_BINS)
     assert (counts[1, -1], counts[0, 0], counts.sum()) == (1, 1, 2)
 
@@ -67,9 +68,10 @@ def test_unknown_voxels_do_not_count_and_the_last_bin_holds_one() -> None:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.29, 0.395, 0.5, 0.95, 1.0]))
 def test_the_dice_of_a_histogram_is_that_of_the_voxels(seed: int, threshold: float) -> None:
     rng = np.random.default_rng(seed)
-    states_C = rng.integers(0, 3, 5).astype(np.uint8)
+    states_CK = rng.integers(0, 3, (5, 2)).astype(np.uint8)
     codes = rng.integers(0, 5, (3, 40, 40)).astype(np.uint8)
-    probability = ((rng.integers(0, NUM_BINS, codes.shape) + 0.5) / NUM_BINS).astype(np.float32)
-    counts = histogram(probability, codes, states_C)
-    known = states_C[codes] != UNKNOWN
-    assert dice_at(counts, threshold) == dice(probability[known], states_C[codes][known], threshold)
+    probability = ((rng.integers(0, NUM_BINS, (2, *codes.shape)) + 0.5) / NUM_BINS).astype(np.float32)
+    for k, counts in enumerate(histograms(probability, codes, states_CK)):
+        states = states_CK[codes, k]
+        known = states != UNKNOWN
+        assert dice_at(counts, threshold) == dice(probability[k][known], states[known], threshold)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
-from strategies import child_environment, make_dataset
+from strategies import child_environment, em_path, make_dataset
 from test_planner import tiny_plan
 from torch import Tensor
 
+from autoseg.data.dataset import open_dataset
+from autoseg.data.store import ArrayReader, ChunkCache, create_array, open_multiscale
 from autoseg.errors import CheckpointError, PlanError
+from autoseg.geometry import Box
 from autoseg.model import checkpoint
 from autoseg.model.networks import build_network
 from autoseg.plan import fingerprint
+from autoseg.predict import crop_regions, open_run, predict_regions
 from autoseg.recipes.training import data_of, split_of, train_on
+from autoseg.recipes.validate import evaluate_run
 from autoseg.schema import (
     Observer,
     Plan,
@@ -36,7 +44,7 @@ from autoseg.schema import (
     read_json_lines,
     save,
 )
-from autoseg.train import batches, loop, make_step, train
+from autoseg.train import batches, journal, loader, loop, make_step, thresholds, train, validation
 from autoseg.train.schedule import rate_factor
 from autoseg.train.step import Learner
 
@@ -55,6 +63,11 @@ class StopAt(Observer):
         self.at, self.number = step, number
         self.steps: list[int] = []
         self.scores: list[ValidationScore] = []
+        self.warnings: list[str] = []
+
+    def warned(self, text: str) -> None:
+        """Note the warning."""
+        self.warnings.append(text)
 
     def stepped(self, step: int, result: StepResult) -> None:
         """Note the step, and stop there."""
@@ -68,7 +81,7 @@ class StopAt(Observer):
 
 
 def everything(run: Path, name: str = "last") -> dict[str, Tensor]:
-    """Return every tensor of a checkpoint: averaged weights, weights, optimizer, generator."""
+    """Return every tensor of a checkpoint: averaged weights, weights, optimizer."""
     folder = run / "checkpoints" / name
     weights = checkpoint.load_tensors(folder / checkpoint.WEIGHTS)
     return {f"averaged.{k}": v for k, v in weights.items()} | checkpoint.load_tensors(folder / checkpoint.STATE)
@@ -151,12 +164,13 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(
     resumed = tmp_path / "resumed"
     for at in stops:
         outcome = train(plan, place[0], resumed, cache=place[1], observer=StopAt(at))
-        assert (outcome.step, outcome.stopped_by) == (at, "SIGTERM")
+        reached = at - (at == 4)  # step 4 is validated, and stopping does not wait for that
+        assert (outcome.step, outcome.stopped_by) == (reached, "SIGTERM")
         torch.rand(at)  # the generators of a new process are elsewhere
     last = StopAt(0)
     outcome = train(plan, place[0], resumed, cache=place[1], observer=last)
-    assert last.steps == list(range(stops[-1] + 1, 9)), "no step is done twice"
-    assert outcome.stopped_by is None
+    assert last.steps == list(range(reached + 1, 9)), "no step is done twice"
+    assert (outcome.stopped_by, last.warnings) == (None, [])
     assert_same_bits(everything(resumed), everything(run))
     assert_same_bits(everything(resumed, "best"), everything(run, "best"))
     lines = logged(resumed)
@@ -204,7 +218,104 @@ def test_a_damaged_last_checkpoint_costs_only_the_steps_since_the_one_before(
     watch = StopAt(0)
     train(plan, place[0], resumed, cache=place[1], observer=watch)
     assert watch.steps[0] == 5, "step 4 validated and is in `previous`"
+    assert len(watch.warnings) == 1
+    assert "last is not whole: going on from previous, step 4" in watch.warnings[0]
     assert_same_bits(everything(resumed), everything(run))
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(
+    straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan, run = straight
+    ruined = tmp_path / "run"
+    shutil.copytree(run, ruined)
+    for header in ruined.glob("checkpoints/*/header.json"):
+        header.write_bytes(b"")
+    before = {path: path.read_bytes() for path in ruined.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        train(plan, place[0], ruined, cache=place[1])
+    assert {path: path.read_bytes() for path in ruined.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("place_of_stop", [0, 1, 2])
+def test_a_stop_does_not_wait_for_a_validation_which_is_done_again(
+    straight: tuple[Plan, Path],
+    place: tuple[Path, Path],
+    tmp_path: Path,
+    place_of_stop: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The signal comes while some tile of the validation at step 4 is read."""
+    plan, run = straight
+    resumed, genuine, read = tmp_path / "resumed", validation.read_input, list[Any]()
+
+    def read_input(*args: Any) -> Any:
+        read.append(args)
+        if len(read) == place_of_stop + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return genuine(*args)
+
+    monkeypatch.setattr(validation, "read_input", read_input)
+    outcome = train(plan, place[0], resumed, cache=place[1])
+    assert (outcome.step, outcome.stopped_by) == (3, "SIGTERM")
+    assert len(read) <= place_of_stop + 1, "no tile is read after the signal"
+    assert checkpoint.verify(resumed / "checkpoints/last").step == 3
+    assert not (resumed / "checkpoints/best").exists()
+    train(plan, place[0], resumed, cache=place[1])
+    assert logged(resumed) == logged(run)
+    for name in ("last", "best"):
+        assert_same_bits(everything(resumed, name), everything(run, name))
+        headers = [checkpoint.verify(folder / "checkpoints" / name) for folder in (resumed, run)]
+        assert headers[0] == headers[1]
+
+
+def test_a_kill_in_a_validation_costs_one_step(
+    straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, run = straight
+
+    def killed(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(validation, "read_input", killed)
+    with pytest.raises(MemoryError):
+        train(plan, place[0], tmp_path / "run", cache=place[1])
+    monkeypatch.undo()
+    watch = StopAt(0)
+    train(plan, place[0], tmp_path / "run", cache=place[1], observer=watch)
+    assert watch.steps == [4, 5, 6, 7, 8]
+    assert logged(tmp_path / "run") == logged(run)
+    assert_same_bits(everything(tmp_path / "run"), everything(run))
+
+
+# ---- one process at a time ----------------------------------------------------------------------------------
+
+
+def test_a_second_process_on_a_run_is_refused_until_the_first_is_gone(place: tuple[Path, Path], tmp_path: Path) -> None:
+    plan, run = tiny_plan(*place), tmp_path / "run"
+    train(plan, place[0], run, cache=place[1], observer=StopAt(2))
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
+    command = [sys.executable, "-c", f"{hold}; time.sleep(600)", str(run / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(CheckpointError, match="is being trained by another process"):
+            train(plan, place[0], run, cache=place[1])
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        child.kill()
+    assert train(plan, place[0], run, cache=place[1]).step == 8, "the lock died with its process"
+
+
+def test_a_file_system_without_locks_trains_all_the_same(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(journal.fcntl, "flock", no_locks)
+    with journal.only_process(tmp_path), journal.only_process(tmp_path):
+        pass
 
 
 # ---- it can be stopped --------------------------------------------------------------------------------------
@@ -348,13 +459,13 @@ def test_a_step_without_finite_gradients_is_skipped_counted_and_leaves_no_trace(
     assert_same_bits(learner.state() | learner.averaged, before)
     assert not learner.step(2, batch).skipped
 
-    genuine = loop.batches
+    genuine = loader.StepDataset.batches
 
     def poisoned(*args: Any, **rest: Any) -> Any:
         for step, item in enumerate(genuine(*args, **rest)):
             yield item._replace(image_BCZYX=item.image_BCZYX * math.nan) if step in (2, 3) else item
 
-    monkeypatch.setattr(loop, "batches", poisoned)
+    monkeypatch.setattr(loader.StepDataset, "batches", poisoned)
     outcome = train(plan, place[0], tmp_path / "run", cache=place[1])
     lines = logged(tmp_path / "run")
     assert [line["step"] for line in lines if line.get("skipped")] == [3, 4]
@@ -366,13 +477,13 @@ def test_a_step_without_finite_gradients_is_skipped_counted_and_leaves_no_trace(
 def test_a_run_that_only_skips_stops_with_advice(
     place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    genuine = loop.batches
+    genuine = loader.StepDataset.batches
 
     def poisoned(*args: Any, **rest: Any) -> Any:
         for item in genuine(*args, **rest):
             yield item._replace(image_BCZYX=item.image_BCZYX * math.nan)
 
-    monkeypatch.setattr(loop, "batches", poisoned)
+    monkeypatch.setattr(loader.StepDataset, "batches", poisoned)
     plan = tiny_plan(*place, {"optimizer.num_steps": 40})
     with pytest.raises(PlanError, match=r"20 steps in a row without finite gradients .*learning_rate"):
         train(plan, place[0], tmp_path / "run", cache=place[1])
@@ -442,7 +553,6 @@ def test_a_run_goes_on_with_the_data_it_began_with_and_no_other(place: tuple[Pat
 
 
 def test_validation_counts_the_same_voxels_every_time(straight: tuple[Plan, Path], place: tuple[Path, Path]) -> None:
-    from autoseg.data.dataset import open_dataset
     from autoseg.train.validation import Validator
 
     plan, _ = straight
@@ -453,10 +563,37 @@ def test_validation_counts_the_same_voxels_every_time(straight: tuple[Plan, Path
     assert set(scores[0].dice) == set(plan.class_names)
 
 
+def test_validation_does_not_count_voxels_whose_em_was_never_fetched(tmp_path: Path) -> None:
+    from autoseg.train.validation import Validator
+
+    data, cache = make_dataset(tmp_path / "data", shape=(4, 64, 64), partial=False, validate=(2,)), tmp_path / "cache"
+    plan, cpu = tiny_plan(data, cache), torch.device("cpu")
+    level = em_path(data, "demo") / "s0"
+    grid = open_multiscale(em_path(data, "demo")).levels[0].grid
+    grey = ArrayReader(level, ChunkCache(0)).read(Box.whole(grid.shape_zyx))
+    shutil.rmtree(level)
+    create_array(level, grid.shape_zyx, np.uint8, (4, 32, 32))[:] = grey
+    network = Learner(plan, 8, cpu).averaged_network()
+
+    def known() -> int:
+        found: list[Any] = []
+        validator = Validator(plan, open_dataset(data), cache / "other", 2**24)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(validation, "dice_at", lambda counts, _: found.append(counts.sum()))
+            validator.score(network, cpu, 1)
+        return int(sum(found))
+
+    whole = known()
+    assert whole == 3 * 4 * 64 * 64
+    chunks = sorted(p for p in level.rglob("*") if p.is_file() and not p.name.startswith((".", "zarr.json")))
+    assert len(chunks) == 8
+    chunks[-1].unlink()
+    assert known() == whole - 3 * 4 * 32 * 32
+
+
 def test_validation_chooses_thresholds_for_the_best_weights_and_says_how_long_it_takes(
     place: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from autoseg.data.dataset import open_dataset
     from autoseg.train.validation import Validator
 
     plan = tiny_plan(*place, {"decode.tune_thresholds": True})
@@ -465,6 +602,7 @@ def test_validation_chooses_thresholds_for_the_best_weights_and_says_how_long_it
     header = checkpoint.verify(best)
     kept = load_as(tmp_path / "run" / "decode.json", TunedDecode)
     assert kept.step == header.step
+    assert header.decode == kept
     validator, cpu = Validator(plan, open_dataset(place[0]), place[1], 2**24), torch.device("cpu")
     network = build_network(plan)
     checkpoint.load_weights(network, best / checkpoint.WEIGHTS)
@@ -490,3 +628,66 @@ def test_the_gradient_scale_of_fp16_halves_on_overflow_and_grows_again(place: tu
     assert learner.scaler.get_scale() == 32, "a skipped step halves the scale"
     assert [learner.step(step, batch).skipped for step in (1, 2)] == [False, False]
     assert learner.scaler.get_scale() == 64, "two good steps double it"
+
+
+def test_the_gradient_scale_of_fp16_goes_through_a_checkpoint(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny_plan(*place)
+
+    class Enabled(Learner):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3, enabled=True)
+
+    monkeypatch.setattr(loop, "Learner", Enabled)
+    train(plan, place[0], tmp_path / "straight", cache=place[1])
+    train(plan, place[0], tmp_path / "resumed", cache=place[1], observer=StopAt(5))
+    header = checkpoint.verify(tmp_path / "resumed/checkpoints/last")
+    assert (header.step, header.grad_scale, header.grad_scale_growth) == (5, 128, 2)
+    train(plan, place[0], tmp_path / "resumed", cache=place[1])
+    assert_same_bits(everything(tmp_path / "resumed"), everything(tmp_path / "straight"))
+    headers = [checkpoint.verify(tmp_path / run / "checkpoints/last") for run in ("resumed", "straight")]
+    assert headers[0] == headers[1]
+    assert (headers[0].grad_scale, headers[0].grad_scale_growth) == (256, 2)
+
+
+def test_the_data_is_opened_once_at_the_start_of_a_run(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, genuine = list[Any](), loader.PatchSampler
+    monkeypatch.setattr(loader, "PatchSampler", lambda *args: opened.append(args) or genuine(*args))
+    plan = tiny_plan(*place, {"optimizer.num_steps": None, "budget_s": 2.0})
+    train(plan, place[0], tmp_path / "run", cache=place[1], observer=StopAt(2))
+    assert len(opened) == 1
+
+
+def test_evaluation_calls_present_what_reaches_the_tuned_thresholds_of_its_own_checkpoint(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where prediction averages over mirrored copies, without which thresholds are tuned."""
+    monkeypatch.setattr(thresholds, "MIN_POSITIVE_VOXELS", 1)
+    changes = {"decode.tune_thresholds": True, "validation.tolerance": 0.0, "sliding_window.mirror_axes": ("y", "x")}
+    plan, run = tiny_plan(*place, changes | {"optimizer.num_steps": 20}), tmp_path / "run"
+    train_on(plan, place[0], run, cache=place[1])
+    (run / "decode.json").unlink()  # what people read; nothing depends on it
+    trained = open_run(run, "best", "cpu")
+    header = checkpoint.verify(run / "checkpoints/best")
+    assert header.decode is not None
+    assert trained.plan.decode.thresholds == header.decode.thresholds != plan.decode.thresholds
+    judged = evaluate_run(run, place[0], cache=place[1])
+    regions = crop_regions(plan.split, open_dataset(place[0]), "all")
+    predict_regions(trained, regions, tmp_path / "out", probabilities=True)
+    assert judged.scores.prediction is not None
+    for region in regions:
+        folder = Path(judged.scores.prediction) / region.name
+        if not folder.exists():
+            continue
+        for name, threshold in header.decode.thresholds.items():
+            whole = Box.whole(region.grid.shape_zyx)
+            label = ArrayReader(folder / name / "s0", ChunkCache(0)).read(whole)
+            probability = tmp_path / "out" / region.name / "probabilities" / name / "s0"
+            above = ArrayReader(probability, ChunkCache(0)).read(whole) - 255 * threshold
+            clear = np.abs(above) > 1
+            assert clear.mean() > 0.9
+            assert np.array_equal(label[clear] > 0, above[clear] > 0)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -66,14 +67,17 @@ def find(folder: Path, name: str) -> Path:
     return _old(path) if not path.exists() and _old(path).exists() else path
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files are whole, None if there is none."""
-    for name in ("last", "previous"):
-        try:
-            verify(folder / name)
-        except (CheckpointError, PlanError):
-            continue
-        return folder / name
+def newest(folder: Path) -> tuple[Path, CheckpointHeader] | None:
+    """Return the newest whole checkpoint, None if none was ever saved; CheckpointError if all of them are damaged."""
+    found = [path for name in ("last", "previous", "best") if (path := find(folder, name)).exists()]
+    for path in found:
+        with contextlib.suppress(CheckpointError, PlanError):
+            return path, verify(path)
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(
+            folder, f"no checkpoint is whole ({names})", "put back a copy of one, or remove this folder to begin anew"
+        )
     return None
 
 

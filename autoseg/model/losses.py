@@ -29,11 +29,11 @@ def build_loss(plan: Plan) -> Callable[[list[Tensor], Targets], Tensor]:
 def supervised_loss(logits: list[Tensor], targets: Targets, loss: Loss, class_weights: Tensor) -> Tensor:
     """Return the mean of the losses of all logits, finest first; each coarser one weighs half as much."""
     total = masked_loss(logits[0], targets, loss, class_weights)
-    coarser = targets.dense() if len(logits) > 1 else None
+    shares = targets.dense() if len(logits) > 1 else None
     for level, out in enumerate(logits[1:], start=1):
-        assert coarser is not None
-        coarser = _shrink(coarser, out)
-        total = total + 0.5**level * masked_loss(out, coarser, loss, class_weights)
+        assert shares is not None
+        shares = _shrink(shares, out)
+        total = total + 0.5**level * masked_loss(out, _decide(shares), loss, class_weights)
     return total / sum(0.5**level for level in range(len(logits)))
 
 
@@ -64,12 +64,16 @@ def _overlap(sums: Sums, alpha: float, beta: float, smooth: float) -> Tensor:
     return 1 - (sums.tp + smooth) / (sums.tp + alpha * fp + beta * fn + smooth + EPSILON)
 
 
-def _shrink(targets: MaskTargets, like: Tensor) -> MaskTargets:
-    """Return the targets on the grid of coarser logits, by the rule of coarser label codes.
+def _shrink(shares: MaskTargets, like: Tensor) -> MaskTargets:
+    """Return which share of each voxel of coarser logits is present and known; means of means are exact."""
+    size = [t // s for t, s in zip(shares.known.shape[2:], like.shape[2:], strict=True)]
+    return MaskTargets(F.avg_pool3d(shares.present, size), F.avg_pool3d(shares.known, size))
 
-    A coarse voxel is known where at least half of it is, and present where the class fills half of what is known.
+
+def _decide(shares: MaskTargets) -> MaskTargets:
+    """Return coarse targets by the rule of coarser label codes.
+
+    A voxel is known where at least half of it is, and present where the class fills half of what is known.
     """
-    size = [t // s for t, s in zip(targets.known.shape[2:], like.shape[2:], strict=True)]
-    present, real = (F.avg_pool3d(t, size) for t in (targets.present * targets.known, targets.known))
-    known = (real >= 0.5 - EPSILON).float()
-    return MaskTargets((present >= 0.5 * real - EPSILON).float() * known, known)
+    known = (shares.known >= 0.5 - EPSILON).float()
+    return MaskTargets((shares.present >= 0.5 * shares.known - EPSILON).float() * known, known)

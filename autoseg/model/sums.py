@@ -74,8 +74,8 @@ class MaskTargets(NamedTuple):
         return (self.present * self.known).sum(dim=(2, 3, 4)), self.known.sum(dim=(2, 3, 4))
 
     def dense(self) -> MaskTargets:
-        """Return itself."""
-        return self
+        """Return the same annotation, present only where it is known."""
+        return MaskTargets(self.present * self.known, self.known)
 
 
 Targets = CodeTargets | MaskTargets

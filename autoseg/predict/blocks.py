@@ -57,7 +57,7 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     if not (folder / checkpoint.HEADER).is_file():
         raise CheckpointError(folder, "there is no such checkpoint", "train first, or choose --checkpoint last")
     header = checkpoint.verify(folder)
-    plan, tuned = _tuned(run, plan, header.step)
+    plan, tuned = _tuned(plan, header.decode)
     network = build_network(plan)
     checkpoint.load_weights(network, folder / checkpoint.WEIGHTS)
     target = _device(device)
@@ -70,16 +70,12 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     return Trained(Predictor(network, plan, target), f"{which} (step {header.step}{tuned})", identity)
 
 
-def _tuned(run: Path, plan: Plan, step: int) -> tuple[Plan, str]:
-    """Return the plan with the thresholds that validation chose for this checkpoint, and a word about it."""
-    path = run / "decode.json"
-    if not path.is_file():
-        return plan, ""
-    tuned = load_as(path, TunedDecode)
-    if tuned.step != step or set(tuned.thresholds) != set(plan.class_names):
+def _tuned(plan: Plan, tuned: TunedDecode | None) -> tuple[Plan, str]:
+    """Return the plan with the thresholds that validation chose for a checkpoint, and a word about it."""
+    if tuned is None or set(tuned.thresholds) != set(plan.class_names):
         return plan, ""
     decode = msgspec.structs.replace(plan.decode, thresholds=tuned.thresholds)
-    return msgspec.structs.replace(plan, decode=decode), ", thresholds of decode.json"
+    return msgspec.structs.replace(plan, decode=decode), ", tuned thresholds"
 
 
 def _device(name: str) -> torch.device:

@@ -265,6 +265,10 @@ class TrainingView(Observer):
         self._bar.start()
         self._task = self._bar.add_task("loss –", total=num_steps, completed=from_step, rate="")
 
+    def warned(self, text: str) -> None:
+        """Print the warning."""
+        self.console.print(f"warning: {text}")
+
     def stepped(self, step: int, result: StepResult) -> None:
         """Move the bar."""
         now = time.monotonic()
@@ -309,7 +313,11 @@ def verdict(outcome: Outcome, losses: Sequence[float], dice: Sequence[float]) ->
     if len(dice) > 1 and dice[-1] > max(dice[:-1]) + RISING:
         text += "; the validation Dice was still rising, a longer --budget may help"
     elif before and after:
-        change = sum(after) / len(after) - sum(before) / len(before)
-        falls = change < -0.02 * abs(sum(before) / len(before))
-        text += "; the loss was still falling, a longer --budget may help" if falls else "; the loss had levelled off"
+        earlier, later = (sum(part) / len(part) for part in (before, after))
+        if later < 0.98 * earlier:
+            text += "; the loss was still falling, a longer --budget may help"
+        elif later > 1.02 * earlier:
+            text += f"; the loss rose at the end, from {earlier:.3g} to {later:.3g}"
+        else:
+            text += "; the loss had levelled off"
     return text

@@ -41,6 +41,9 @@ class Observer:
     def started(self, plan: Plan, num_steps: int, from_step: int) -> None:
         """Hear that training is about to run steps from_step + 1 ... num_steps."""
 
+    def warned(self, text: str) -> None:
+        """Hear of something that the user should know."""
+
     def stepped(self, step: int, result: StepResult) -> None:
         """Hear that a step was done."""
 

@@ -116,7 +116,8 @@ class Augmentation(Record, frozen=True, kw_only=True):
 
     A `_probability` is by patch. Lengths (`elastic_*`, `*_sigma*`, `*_width`, `jitter_sd`, `misalign_max`) are in
     voxels of the patch, `drift_length` and `*_max` of sections in sections, angles in degrees; `brightness_sd`,
-    `noise_sd_max`, `drift_sd`, `stripe_sd` and `section_brightness_sd` are in units of the network input.
+    `noise_sd_max`, `drift_sd`, `stripe_sd` and `section_brightness_sd` are in units of the network input;
+    `brightness_sd` acts on the patches whose contrast changes, and on no others.
     `drift_*`, `stripe_*` and `jitter_*` act along `milling_axis`; what has a section in its name, `misalign_*` and
     `defocus_*` on z sections. Of all these only a misalignment by translation moves the labels, with the EM.
     """

@@ -19,6 +19,7 @@ class CheckpointHeader(Artifact, frozen=True, kw_only=True, tag="checkpoint"):
     grad_scale: float | None
     grad_scale_growth: int
     sha256: dict[str, str]
+    decode: TunedDecode | None = None
 
 
 class TunedDecode(Artifact, frozen=True, kw_only=True, tag="decode"):

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from autoseg.schema import Plan
 from autoseg.train.journal import adapt, adaptation
-from autoseg.train.loader import PREFETCH, batches
+from autoseg.train.loader import PREFETCH, StepDataset
 from autoseg.train.step import Learner
 from autoseg.train.validation import Validator
 
@@ -28,8 +27,9 @@ class Length(NamedTuple):
     num_rounds: int
 
 
-def fit_length(plan: Plan, data: Path, run: Path, cache: Path, validator: Validator, device: torch.device) -> Length:
+def fit_length(source: StepDataset, run: Path, validator: Validator, device: torch.device) -> Length:
     """Return the plan's number of steps, or what its budget allows on this device; a resumed run reads it back."""
+    plan = source.plan
     if plan.optimizer.num_steps is not None:
         return Length(plan.optimizer.num_steps, plan.validation.num_rounds)
     before = adaptation(run, "length")
@@ -37,7 +37,7 @@ def fit_length(plan: Plan, data: Path, run: Path, cache: Path, validator: Valida
         return Length(int(before["num_steps"]), int(before["num_rounds"]))
     assert plan.budget_s is not None
     start = time.perf_counter()
-    step_s, validation_s = _measure(plan, data, cache, validator, device)
+    step_s, validation_s = _measure(source, validator, device)
     left = BUDGET_USED * plan.budget_s - (time.perf_counter() - start)
     affordable = max(1, int(MAX_VALIDATION_SHARE * left / max(validation_s, 1e-6)))
     num_rounds = min(plan.validation.num_rounds, affordable)
@@ -57,17 +57,17 @@ def fit_length(plan: Plan, data: Path, run: Path, cache: Path, validator: Valida
     return Length(num_steps, num_rounds)
 
 
-def _measure(plan: Plan, data: Path, cache: Path, validator: Validator, device: torch.device) -> tuple[float, float]:
+def _measure(source: StepDataset, validator: Validator, device: torch.device) -> tuple[float, float]:
     """Return (seconds of a step with its batch, seconds of a validation) on a throw-away network."""
-    trial = Learner(plan, 10**6, device)
-    source = batches(plan, data, cache=cache)
+    plan = source.plan
+    trial, batches = Learner(plan, 10**6, device), source.batches(0, 10**6)
     queued = plan.num_workers * (PREFETCH + 1)  # batches that were made while the others were timed
     for step in range(WARM_UP_STEPS + queued):
-        trial.step(step, next(source))
+        trial.step(step, next(batches))
     times = []
     for step in range(TIMED_STEPS + queued):
         start = time.perf_counter()
-        trial.step(step, next(source))
+        trial.step(step, next(batches))
         times.append(time.perf_counter() - start)
     # Workers deliver in bursts, so their mean counts; without them a slow step read chunks that later ones need not.
     step_s = statistics.fmean(times) if plan.num_workers else statistics.median(times)

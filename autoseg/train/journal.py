@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from autoseg.errors import CheckpointError
 from autoseg.schema import read_json_lines
 
-LOG, ADAPTATIONS = "log.jsonl", "adaptations.jsonl"
+LOG, ADAPTATIONS, LOCK = "log.jsonl", "adaptations.jsonl", ".lock"
 
 
 class Journal:
@@ -46,6 +49,23 @@ class Journal:
         self.flush()
         self._file.close()
         self._board.close()
+
+
+@contextmanager
+def only_process(run: Path) -> Iterator[None]:
+    """Hold the lock of a run, which ends with the process; CheckpointError while another process trains it.
+
+    A file system without locks refuses nobody.
+    """
+    with (run / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what, remedy = "is being trained by another process", "wait for it, stop it, or choose another --run"
+            raise CheckpointError(run, what, remedy) from None
+        except OSError:
+            pass
+        yield
 
 
 def adapt(run: Path, event: Mapping[str, Any]) -> None:

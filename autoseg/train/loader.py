@@ -23,18 +23,40 @@ class StepDataset(Dataset[Batch | AutosegError]):
     """Item s is the batch of step s; the stores are opened in the process that reads them."""
 
     def __init__(self, plan: Plan, data: Path, cache: Path) -> None:
-        self._plan, self._data, self._cache = plan, data, cache
+        self.plan, self.data, self.cache = plan, data, cache
         self._sampler: PatchSampler | None = None
 
     def first(self) -> Batch:
         """Return the batch of step 0, so that data that cannot be read is known before a run is begun."""
-        return _unless_error(self[0])
+        batch = _unless_error(self[0])
+        if self.plan.num_workers:
+            self._sampler = None  # workers open their own
+        return batch
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """Yield the batches of those steps, from this process or from the plan's number of workers."""
+        if self.plan.num_workers == 0:
+            for step in range(start_step, stop_step):
+                yield _unless_error(self[step])
+            return
+        loader = DataLoader(
+            self,
+            sampler=range(start_step, stop_step),
+            batch_size=None,
+            num_workers=self.plan.num_workers,
+            prefetch_factor=PREFETCH,
+            multiprocessing_context="spawn",
+            worker_init_fn=_start_worker,
+            pin_memory=self.plan.device == "cuda" and torch.cuda.is_available(),
+        )
+        for item in loader:
+            yield _unless_error(item)
 
     def __getitem__(self, step: int) -> Batch | AutosegError:
         """Return the batch of that step; an expected error is returned, since torch cannot carry it to its parent."""
         try:
             if self._sampler is None:
-                self._sampler = PatchSampler(self._plan, open_dataset(self._data), self._cache, CHUNK_CACHE_BYTES)
+                self._sampler = PatchSampler(self.plan, open_dataset(self.data), self.cache, CHUNK_CACHE_BYTES)
             return self._sampler.batch(step)
         except AutosegError as error:
             return error
@@ -43,24 +65,8 @@ class StepDataset(Dataset[Batch | AutosegError]):
 def batches(
     plan: Plan, data: Path | str, *, start_step: int = 0, stop_step: int = 2**31, cache: Path | None = None
 ) -> Iterator[Batch]:
-    """Yield what training steps start_step, start_step + 1, ... receive, as tensors on the CPU."""
-    dataset = StepDataset(plan, Path(data), cache or default_cache())
-    if plan.num_workers == 0:
-        for step in range(start_step, stop_step):
-            yield _unless_error(dataset[step])
-        return
-    loader = DataLoader(
-        dataset,
-        sampler=range(start_step, stop_step),
-        batch_size=None,
-        num_workers=plan.num_workers,
-        prefetch_factor=PREFETCH,
-        multiprocessing_context="spawn",
-        worker_init_fn=_start_worker,
-        pin_memory=plan.device == "cuda" and torch.cuda.is_available(),
-    )
-    for item in loader:
-        yield _unless_error(item)
+    """Return an iterator of what training steps start_step, start_step + 1, ... receive, as tensors on the CPU."""
+    return StepDataset(plan, Path(data), cache or default_cache()).batches(start_step, stop_step)
 
 
 def _unless_error(item: Batch | AutosegError) -> Batch:

@@ -5,6 +5,8 @@
     fit steps to the budget (once, written down) ─► step ─► log ─┬─► step ...
                                                                  ├─ every 1/n of the run: validate, checkpoint
                                                                  └─ every 5 minutes, or asked to stop: checkpoint
+
+A checkpoint also stands before each step that is validated: a validation that is cut short costs that step alone.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ from autoseg.schema import (
     sha256,
 )
 from autoseg.train.budget import fit_length
-from autoseg.train.journal import Journal, adapt
-from autoseg.train.loader import StepDataset, batches
+from autoseg.train.journal import Journal, adapt, only_process
+from autoseg.train.loader import StepDataset
 from autoseg.train.signals import asked_to_stop
 from autoseg.train.step import Learner
-from autoseg.train.validation import Validator
+from autoseg.train.validation import Abandoned, Validator
 
 CHECKPOINT_EVERY_S = 300.0
 MAX_SKIPPED_IN_A_ROW = 20
@@ -65,46 +67,47 @@ def train(
     target = device_of(device, plan)
     used = plan if split is None else msgspec.structs.replace(plan, split=split)
     check_data(used, dataset)
-    StepDataset(used, data, cache or default_cache()).first()
+    source = StepDataset(used, data, cache or default_cache())
+    source.first()
     _claim(plan, run)
-    claimed()
-    torch.set_num_threads(plan.num_threads)
-    session = _Session(used, sha256(plan), data, dataset, run, target, cache or default_cache())
-    with asked_to_stop() as asked:
-        return session.go(observer or Observer(), asked)
+    with only_process(run):
+        claimed()
+        torch.set_num_threads(plan.num_threads)
+        session = _Session(source, sha256(plan), dataset, run, target)
+        with asked_to_stop() as asked:
+            return session.go(observer or Observer(), asked)
 
 
 class _Session:
     """One process working on one run."""
 
     def __init__(
-        self,
-        plan: Plan,
-        plan_sha256: str,
-        data: Path,
-        dataset: Dataset,
-        run: Path,
-        device: torch.device,
-        cache: Path,
+        self, source: StepDataset, plan_sha256: str, dataset: Dataset, run: Path, device: torch.device
     ) -> None:
-        self.plan, self.data, self.run, self.device, self.cache = plan, data, run, device, cache
+        self.plan, self.source, self.run, self.device = source.plan, source, run, device
         self.plan_sha256 = plan_sha256
-        self.validator = Validator(plan, dataset, cache, CHUNK_CACHE_BYTES)
-        self.length = fit_length(plan, data, run, cache, self.validator, device)
-        self.learner = Learner(plan, self.length.num_steps, device)
+        self.validator = Validator(self.plan, dataset, source.cache, CHUNK_CACHE_BYTES)
+        self.length = fit_length(source, run, self.validator, device)
+        self.learner = Learner(self.plan, self.length.num_steps, device)
+        self.remark: str | None = None
         self.header = self._resume()
+        self.saved_step, self.saved_at = self.header.step, time.monotonic()
 
     def go(self, observer: Observer, asked: Callable[[], str | None]) -> Outcome:
         """Run the remaining steps."""
         journal = Journal(self.run, self.header.step)
+        if self.remark:
+            observer.warned(self.remark)
         observer.started(self.plan, self.length.num_steps, self.header.step)
-        saved_at, skipped = time.monotonic(), 0
-        steps = {"start_step": self.header.step, "stop_step": self.length.num_steps}
-        source = batches(self.plan, self.data, **steps, cache=self.cache)
+        skipped = 0
+        batches = self.source.batches(self.header.step, self.length.num_steps)
         try:
             for step in range(self.header.step, self.length.num_steps):
+                due = self._validation_due(step + 1)
+                if due and self.header.step > self.saved_step:
+                    self._save(journal, best=False)
                 before = time.perf_counter()
-                batch = next(source)
+                batch = next(batches)
                 ready = time.perf_counter()
                 result = self.learner.step(step, batch)
                 skipped = skipped + 1 if result.skipped else 0
@@ -114,20 +117,20 @@ class _Session:
                         f"{skipped} steps in a row without finite gradients (step {step + 1})",
                         "lower optimizer.learning_rate, or --set precision=fp32",
                     )
-                self.header = msgspec.structs.replace(self.header, step=step + 1)
                 line = _line(step + 1, result, ready - before, time.perf_counter() - ready)
                 observer.stepped(step + 1, result)
-                due = self._validation_due(step + 1)
                 if due:
-                    line |= self._validate(step + 1, observer)
+                    line |= self._validate(step + 1, observer, asked)
+                else:
+                    self.header = msgspec.structs.replace(self.header, step=step + 1, decode=None)
                 journal.write(line)
                 stop = asked()
-                if due or stop or time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
-                    journal.flush()
-                    self._save(best=due and self.header.best_step == step + 1)
-                    saved_at = time.monotonic()
+                if due or stop or time.monotonic() - self.saved_at > CHECKPOINT_EVERY_S:
+                    self._save(journal, best=due and self.header.best_step == step + 1)
                 if stop:
                     return self._outcome(stop)
+        except Abandoned:
+            return self._outcome(asked())
         finally:
             journal.close()
         return self._outcome(None)
@@ -140,30 +143,33 @@ class _Session:
         last, rounds = self.length.num_steps, max(1, self.length.num_rounds)
         return step == last or step * rounds // last > (step - 1) * rounds // last
 
-    def _validate(self, step: int, observer: Observer) -> dict[str, Any]:
-        """Score the averaged weights; return what the log says of it.
+    def _validate(self, step: int, observer: Observer, asked: Callable[[], str | None]) -> dict[str, Any]:
+        """Score the averaged weights; return what the log says of it. Abandoned, if asked to stop, changes nothing.
 
         The newest weights within the plan's tolerance of the best score are the best: later ones saw a lower rate.
         """
-        score, tuned = self.validator.score(self.learner.averaged_network(), self.device, step)
+        score, tuned = self.validator.score(self.learner.averaged_network(), self.device, step, asked)
         best, now = self.header.best_mean_dice, score.mean_dice
         if now is None or best is None or now >= best - self.plan.validation.tolerance:
             self.header = msgspec.structs.replace(self.header, best_step=step)
-            if tuned is not None:
-                save(tuned, self.run / "decode.json")
         if now is not None:
             best = now if best is None else max(best, now)
-        self.header = msgspec.structs.replace(self.header, mean_dice=now, best_mean_dice=best)
+        self.header = msgspec.structs.replace(self.header, step=step, mean_dice=now, best_mean_dice=best, decode=tuned)
         observer.validated(step, score)
         return {"mean_dice": now, "dice": score.dice}
 
-    def _save(self, *, best: bool) -> None:
+    def _save(self, journal: Journal, *, best: bool) -> None:
+        """Write a checkpoint after the log that belongs to it, and for people the thresholds of the best one."""
+        journal.flush()
         scaler = self.learner.scaler.state_dict() if self.learner.scaler.is_enabled() else {}
         self.header = msgspec.structs.replace(
             self.header, grad_scale=scaler.get("scale"), grad_scale_growth=int(scaler.get("_growth_tracker", 0))
         )
         folder = self.run / "checkpoints"
         checkpoint.save_checkpoint(folder, self.header, self.learner.averaged, self.learner.state(), best=best)
+        if best and self.header.decode is not None:
+            save(self.header.decode, self.run / "decode.json")
+        self.saved_step, self.saved_at = self.header.step, time.monotonic()
 
     def _initialize(self) -> None:
         """Start from the weights that `plan.init` names, if it does; heads that do not fit stay random."""
@@ -177,9 +183,9 @@ class _Session:
 
     def _resume(self) -> CheckpointHeader:
         """Restore the newest whole checkpoint; a run without one starts at step 0."""
-        found = checkpoint.newest(self.run / "checkpoints")
+        newest = checkpoint.newest(self.run / "checkpoints")
         digest = self.plan_sha256
-        if found is None:
+        if newest is None:
             self._initialize()
             return CheckpointHeader(
                 plan_sha256=digest,
@@ -191,7 +197,7 @@ class _Session:
                 grad_scale_growth=0,
                 sha256={},
             )
-        header = checkpoint.verify(found)
+        found, header = newest
         if header.plan_sha256 != digest:
             raise CheckpointError(found, "belongs to another plan", "use another --run")
         weights = checkpoint.load_tensors(found / checkpoint.WEIGHTS)
@@ -202,6 +208,8 @@ class _Session:
         if header.grad_scale is not None:
             scale = {"scale": header.grad_scale, "_growth_tracker": header.grad_scale_growth}
             self.learner.scaler.load_state_dict(self.learner.scaler.state_dict() | scale)
+        if found.name != "last":
+            self.remark = f"{found.parent / 'last'} is not whole: going on from {found.name}, step {header.step}"
         return header
 
 

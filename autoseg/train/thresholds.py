@@ -3,6 +3,8 @@
 A run draws rare classes more often than they occur, so its probabilities of them are too high; one half is then not
 where Dice is best. The choice is guarded: few positives, or a gain inside the noise, keep the plan's threshold.
 Each validation counts its probabilities by class, state and value; every Dice and threshold follows from these.
+They are of the network without the mirrored copies over which a prediction may average: eight copies would make every
+validation eight times as long, too much of a short run. The thresholds apply to averaged probabilities all the same.
 """
 
 from __future__ import annotations
@@ -23,13 +25,20 @@ MIN_POSITIVE_VOXELS = 500
 PLATEAU = 0.002
 
 
-def histogram(probability: NDArray[np.float32], codes: NDArray[Any], states_C: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return counts (absent and present, bins) of the probabilities of a class where it is known."""
-    place = (probability * NUM_BINS).astype(np.intp)
-    np.minimum(place, NUM_BINS - 1, out=place)
-    place += codes * np.intp(NUM_BINS)
-    joint = np.bincount(place.ravel(), minlength=len(states_C) * NUM_BINS).reshape(-1, NUM_BINS)
-    return np.stack([joint[states_C == state].sum(axis=0) for state in (ABSENT, PRESENT)])
+def histograms(
+    probability_KN: NDArray[np.float32], codes_N: NDArray[Any], states_CK: NDArray[np.uint8]
+) -> NDArray[np.int64]:
+    """Return counts (classes, absent and present, bins) of the probabilities of each class where it is known."""
+    counts_K2B = np.empty((len(probability_KN), 2, NUM_BINS), dtype=np.int64)
+    first = codes_N * np.intp(NUM_BINS)  # of the bins of a voxel's code
+    for probability, states_C, counts_2B in zip(probability_KN, states_CK.T, counts_K2B, strict=True):
+        place = (probability * NUM_BINS).astype(np.intp)
+        np.minimum(place, NUM_BINS - 1, out=place)
+        place += first
+        joint = np.bincount(place.ravel(), minlength=len(states_C) * NUM_BINS).reshape(-1, NUM_BINS)
+        for state, counts_B in zip((ABSENT, PRESENT), counts_2B, strict=True):
+            counts_B[:] = joint[states_C == state].sum(axis=0)
+    return counts_K2B
 
 
 def dice_at(counts_2B: NDArray[Any], threshold: float) -> float | None:

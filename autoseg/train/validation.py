@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from autoseg.metrics.overlap import mean
 from autoseg.model.windows import Predictor
 from autoseg.schema import Plan, TunedDecode, ValidationScore
 from autoseg.train.sources import scale_box
-from autoseg.train.thresholds import NUM_BINS, choose_thresholds, dice_at, histogram
+from autoseg.train.thresholds import NUM_BINS, choose_thresholds, dice_at, histograms
 
 
 class _Target(NamedTuple):
@@ -37,6 +38,10 @@ class Validated(NamedTuple):
 
     score: ValidationScore
     tuned: TunedDecode | None
+
+
+class Abandoned(Exception):  # noqa: N818 - not an error
+    """A validation that was asked to stop."""
 
 
 class Validator:
@@ -57,17 +62,22 @@ class Validator:
             box = scale_box(region, crop.grid.shape_zyx, codes.grid.shape_zyx)
             self._targets.append(_Target(box, codes, states[:, columns], readers[crop.em]))
 
-    def score(self, network: nn.Module, device: torch.device, step: int) -> Validated:
-        """Return the Dice over all validation regions, counts pooled; without mirrored copies, to be quick."""
+    def score(
+        self, network: nn.Module, device: torch.device, step: int, asked: Callable[[], str | None] = lambda: None
+    ) -> Validated:
+        """Return the Dice over all validation regions, counts pooled; Abandoned once `asked` says to stop.
+
+        Dice and thresholds are of probabilities without mirrored copies, also where the plan predicts with them.
+        """
         plan = self._plan
-        histograms = self._zeros()
+        counts_K2B = self._zeros()
         for target in self._targets:
-            self._count(self._predictor(network, device), target, histograms)
+            self._count(self._predictor(network, device), target, counts_K2B, asked)
         planned = plan.decode.thresholds
-        dice = {name: dice_at(h, planned[name]) for name, h in zip(plan.class_names, histograms, strict=True)}
+        dice = {name: dice_at(h, planned[name]) for name, h in zip(plan.class_names, counts_K2B, strict=True)}
         tuned = None
         if plan.decode.tune_thresholds and self._targets:
-            tuned = choose_thresholds(plan.class_names, histograms, planned, plan.validation.tolerance, step)
+            tuned = choose_thresholds(plan.class_names, counts_K2B, planned, plan.validation.tolerance, step)
         return Validated(ValidationScore(dice, mean(list(dice.values()))), tuned)
 
     def seconds(self, network: nn.Module, device: torch.device) -> float:
@@ -91,15 +101,29 @@ class Validator:
         plain = msgspec.structs.replace(self._plan.sliding_window, mirror_axes=(), transpose_yx=False)
         return Predictor(network, msgspec.structs.replace(self._plan, sliding_window=plain), device)
 
-    def _count(self, predictor: Predictor, target: _Target, histograms_K2B: NDArray[np.int64]) -> None:
-        """Predict a region block by block and add its probabilities to the histograms."""
+    def _count(
+        self,
+        predictor: Predictor,
+        target: _Target,
+        counts_K2B: NDArray[np.int64],
+        asked: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """Predict a region block by block and add its probabilities to the counts; EM never fetched is unknown."""
         grid = target.codes.grid.crop(target.box)
-
-        def read(tile: Box) -> NDArray[np.float32]:
-            return read_input(target.em, grid, tile, self._plan.input_slices)[0]
-
         for block in predictor.blocks(target.box.shape_zyx):
+            seen = np.zeros(block.shape_zyx, dtype=bool)
+
+            def read(tile: Box, block: Box = block, seen: NDArray[np.bool_] = seen) -> NDArray[np.float32]:
+                if asked():
+                    raise Abandoned
+                image, valid = read_input(target.em, grid, tile, self._plan.input_slices)
+                part = tile.clip(block)
+                inside = part.relative_to(block).slices
+                seen[inside] |= True if valid is None else valid[part.relative_to(tile).slices]
+                return image
+
             codes = target.codes.codes_ZYX[block.shift(target.box.start).slices]
             probability = predictor.predict(read, target.box.shape_zyx, block)
-            for k, one in enumerate(probability):
-                histograms_K2B[k] += histogram(one, codes, target.states_CK[:, k])
+            if not seen.all():
+                probability, codes = probability[:, seen], codes[seen]
+            counts_K2B += histograms(probability, codes, target.states_CK)
