@@ -8,10 +8,11 @@ class k. A patch reads one array instead of K, augmentation moves one, and every
                                                             1:  present   absent
                                                             2:  absent    present
 
-Code volumes lie in a sidecar cache that is keyed by the content of the annotation and by the voxel size, not by the
-class table; deleting the cache, or one entry, is always safe. The label arrays are read for the codes at their own
-voxel size, and those are read for every other. An open crop holds no memory map and no file: each look at its codes
-maps them anew, so that a worker can hold a thousand.
+Code volumes lie in a sidecar cache. Their key is what the values of the annotation mean, where its files lie, the
+name, size and time of each file, and the voxel size; not the class table, and not the bytes: data that was moved or
+touched is encoded anew. Deleting the cache, or one entry, is always safe. The label arrays are read for the codes at
+their own voxel size, and those are read for every other. An open crop holds no memory map and no file: each look at
+its codes maps them anew, so that a worker can hold a thousand.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def index_blocks(shape_zyx: VoxelsZYX) -> IndexBlocks:
 
 
 def _content_key(crop: Crop) -> bytes:
-    """Return a digest of what the annotation is: meaning of values, and name, size and time of every stored file."""
+    """Return a digest of what its values mean, where the annotation lies, and name, size and time of its files."""
     digest = hashlib.sha256(repr((CODES_VERSION, crop.grid)).encode())
     for label in crop.labels:
         digest.update(repr((label.name, label.instance, label.absent, label.unknown)).encode())
