@@ -23,6 +23,7 @@ from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
 from autoseg.data.codes import CropCodes, default_cache, index_blocks, open_codes
 from autoseg.data.dataset import Crop, open_dataset
 from autoseg.data.resample import resample
+from autoseg.data.store import sidecar
 from autoseg.errors import DataError
 from autoseg.geometry import Grid, NmZYX, VoxelsZYX, blocks
 from autoseg.schema import ClassEntry, ClassTable, encode
@@ -448,7 +449,7 @@ def test_where_files_cannot_be_locked_the_second_takes_the_entry_of_the_first(
         return build(*arguments)
 
     monkeypatch.setattr(codes_module, "_build", overtaken)
-    monkeypatch.setattr(codes_module, "_locked", lambda path: None)
+    monkeypatch.setattr(sidecar, "_locked", lambda path: None)
     assert np.array_equal(decoded(open_codes(crop, SIZE_NM, cache))["mito"], truth["mito"])
     assert len(entries(cache)) == 1
 

@@ -17,8 +17,6 @@ its codes maps them anew, so that a worker can hold a thousand.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -35,7 +33,7 @@ from numpy.typing import NDArray
 from autoseg.data.classes import States
 from autoseg.data.coding import INDEX_BLOCK, CodeWriter, Fine, encode_codes, encode_labels
 from autoseg.data.dataset import Crop
-from autoseg.data.store import checksums_in
+from autoseg.data.store import alone, checksums_in
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
 from autoseg.schema import write_atomically
@@ -203,9 +201,14 @@ def _entry_name(key: bytes, grid: Grid) -> str:
 
 
 def _build_into(crop: Crop, grid: Grid, folder: Path, encode: Callable[[CodeWriter], None]) -> None:
-    """Build in a temporary folder and rename it; processes that want the same entry wait for the first."""
+    """Build in a temporary folder and rename it; processes that want the same entry wait for the first.
+
+    Where files cannot be locked two may build at once; then the first to finish wins.
+    """
     for attempt in range(ATTEMPTS):
-        with _alone(folder):
+        with alone(folder.with_name(f".lock-{folder.name}"), "choose another --cache") as held:
+            for left in folder.parent.glob(f".building-{folder.name}-*") if held else ():  # by a killed process
+                shutil.rmtree(left, ignore_errors=True)
             if folder.exists():
                 return
             temporary = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
@@ -227,42 +230,3 @@ def _build(crop: Crop, grid: Grid, folder: Path, encode: Callable[[CodeWriter], 
     names = [label.name for label in crop.labels]
     table = {"crop": crop.name, "names": names, "states": states.tolist(), "voxels": histogram.tolist()}
     write_atomically(folder / "table.json", json.dumps(table).encode())
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of an entry and clear away what a killed process left of it.
-
-    Where files cannot be locked two may build at once; then the first to finish wins.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f".lock-{folder.name}")
-        handle = _locked(lock)
-    except OSError as error:
-        raise DataError(folder.parent, f"cannot be written ({error.strerror})", "choose another --cache") from None
-    try:
-        if handle is not None:
-            for left in folder.parent.glob(f".building-{folder.name}-*"):
-                shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        if handle is not None:
-            lock.unlink(missing_ok=True)
-            os.close(handle)
-
-
-def _locked(path: Path) -> int | None:
-    """Return an open, locked file at that path; None where the file system has no locks."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                return handle
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(handle)
-            return None
-        os.close(handle)  # whoever held it is done and removed it
