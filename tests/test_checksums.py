@@ -305,6 +305,29 @@ def test_what_has_the_same_size_and_time_is_not_read_again(
     assert em_read == {f"s0/{z}/{y}/2" for z in (0, 1) for y in (0, 1)} | {f"s1/{z}/0/1" for z in (0, 1)}
 
 
+def test_two_records_at_once_lose_nothing(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The race, made certain: another process records the second crop while this one reads the first."""
+    data = shutil.copytree(place.data, tmp_path / "data")
+    checksums, (first, second) = store.checksums_in(tmp_path / "cache"), open_dataset(data).crops
+    genuine, read = sidecar._read, list[Path]()
+
+    def overtaken(path: Path) -> Any:
+        monkeypatch.setattr(sidecar, "_read", genuine)
+        if not path.is_relative_to(first.em):
+            monkeypatch.setattr(sidecar, "_read", overtaken)
+        else:
+            pin(second, checksums)
+        return genuine(path)
+
+    monkeypatch.setattr(sidecar, "_read", overtaken)
+    pin(first, checksums)
+    monkeypatch.setattr(sidecar, "_read", lambda path: read.append(path) or genuine(path))
+    pin(first, checksums)
+    pin(second, checksums)
+    assert read == []
+    assert {path.suffix for path in (tmp_path / "cache/checksums").iterdir()} == {".crc"}, "no lock is left"
+
+
 def test_pinning_writes_nothing_into_the_data(place: Place, tmp_path: Path) -> None:
     before = listing(place.data)
     pin(first_crop(place.data), store.checksums_in(tmp_path))

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
 from autoseg.data.codes import CropCodes, default_cache, index_blocks, open_codes
 from autoseg.data.dataset import Crop, open_dataset
 from autoseg.data.resample import resample
+from autoseg.data.store import sidecar
 from autoseg.errors import DataError
 from autoseg.geometry import Grid, NmZYX, VoxelsZYX, blocks
 from autoseg.schema import ClassEntry, ClassTable, encode
@@ -174,6 +176,29 @@ def test_each_chunk_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(loaded) == len(set(loaded))
     names = {Path(path).parent.name for path, _ in loaded}
     assert {"ids", "mito", "part"} <= names
+
+
+def test_one_huge_chunk_is_encoded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its codes are those of small chunks; it takes the memory of the chunk, of its flags and a little more."""
+    shape = (96, 130, 128)
+    monkeypatch.setattr(coding, "MOST_VOXELS", 2**17)
+    mask = (np.random.default_rng(0).random(shape) < 0.3).astype(np.uint8)
+    grid = Grid(shape, SIZE_NM, (0.0, 0.0, 0.0))
+    peaks: list[int] = []
+    found: list[States] = []
+    for name, chunk in (("small", (32, 64, 64)), ("huge", shape)):
+        write_multiscale(em_path(tmp_path / name, "a"), [(grid, mask)])
+        for label in ("er", "mito", "pm"):
+            write_label(crop_path(tmp_path / name, "a", "crop1"), label, mask, grid, chunk_zyx=chunk)
+        (crop,) = open_dataset(tmp_path / name).crops
+        tracemalloc.start()
+        codes = open_codes(crop, SIZE_NM, tmp_path / "cache")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        found.append(decoded(codes))
+    for label in ("er", "mito", "pm"):
+        np.testing.assert_array_equal(found[0][label], found[1][label])
+    assert peaks[1] - peaks[0] < 2.2 * mask.nbytes
 
 
 def test_a_chunk_that_was_never_stored_is_absent(tmp_path: Path) -> None:
@@ -424,7 +449,7 @@ def test_where_files_cannot_be_locked_the_second_takes_the_entry_of_the_first(
         return build(*arguments)
 
     monkeypatch.setattr(codes_module, "_build", overtaken)
-    monkeypatch.setattr(codes_module, "_locked", lambda path: None)
+    monkeypatch.setattr(sidecar, "_locked", lambda path: None)
     assert np.array_equal(decoded(open_codes(crop, SIZE_NM, cache))["mito"], truth["mito"])
     assert len(entries(cache)) == 1
 

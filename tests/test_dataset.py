@@ -170,6 +170,52 @@ def test_a_datasplit_that_is_no_text_is_named(tmp_path: Path, content: bytes) ->
     assert "none.csv: cannot be read" in refusal(tmp_path / "none.csv")
 
 
+def test_a_datasplit_saved_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    (tmp_path / "datasplit.csv").write_text(row("train", "crop1"), "utf-8-sig")
+    assert names(open_dataset(tmp_path)) == ["a/crop1"]
+
+
+def test_a_listed_class_that_a_crop_does_not_hold_is_named(tmp_path: Path) -> None:
+    write_data(tmp_path, crops=2)
+    csv = row("train", "crop1", classes="/[mitoo,er,nuc]") + row("train", "crop2", classes="/[er,nuc]")
+    (tmp_path / "datasplit.csv").write_text(csv)
+    dataset = open_dataset(tmp_path)
+    assert [[label.name for label in crop.labels] for crop in dataset.crops] == [["er"], ["er"]]
+    listed = "is listed in the datasplit, but has no folder"
+    assert [(item.name, item.why) for item in dataset.foreign] == [
+        ("a/crop1/mitoo", f"a/crop1/mitoo: {listed}: did you mean 'mito'?"),
+        ("a/crop1/nuc", f"a/crop1/nuc and in 1 more crops: {listed}: restore it, or remove it from the list"),
+    ]
+    assert fingerprint(tmp_path, tmp_path / "cache").left_out == dataset.foreign
+
+
+def test_two_em_volumes_of_one_name_are_refused(tmp_path: Path) -> None:
+    """One's grey values would stand for both."""
+    write_data(tmp_path, crops=2)
+    write_multiscale(em_path(tmp_path, "a").with_name("other"), [(GRID, 2 * MASK)])
+    lines = row("train", "crop1") + row("train", "crop2").replace("fibsem-uint8", "other")
+    (tmp_path / "datasplit.csv").write_text(lines)
+    message = refusal(tmp_path)
+    assert f"em/other: is called a, and so is {em_path(tmp_path, 'a')}: " in message
+    (tmp_path / "datasplit.csv").write_text(row("train", "crop1"))
+    assert names(open_dataset(tmp_path)) == ["a/crop1"]
+
+
+def test_two_zarrs_of_one_name_are_refused_unless_one_alone_is_used(tmp_path: Path) -> None:
+    write_data(tmp_path, crops=2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    one = row("train", "crop1").replace("a/a.zarr", "b/a.zarr")
+    (tmp_path / "datasplit.csv").write_text(one)
+    assert names(open_dataset(tmp_path)) == ["a/crop1"]
+    (tmp_path / "datasplit.csv").write_text(one + row("train", "crop2"))
+    assert "a/a.zarr/recon-1/em/fibsem-uint8: is called a, and so is" in refusal(tmp_path)
+    (tmp_path / "datasplit.csv").unlink()
+    for folder in ("a", "b"):
+        shutil.rmtree(tmp_path / folder / "a.zarr/recon-1/labels")
+    assert "b/a.zarr/recon-1/em/fibsem-uint8: is called a, and so is" in refusal(tmp_path)
+
+
 # ---- crops that cannot be used ------------------------------------------------------------------------------
 
 

@@ -462,7 +462,55 @@ def test_a_patch_holds_its_voxel_and_stays_inside_the_crop_where_it_fits(
         assert box.stop[0] <= size
 
 
-def test_a_region_scales_with_its_grid() -> None:
-    region = Region(crop="a/crop1", box_zyx=((0, 8, 16), (4, 16, 32)))
-    assert scale_box(region, (4, 16, 32), (4, 8, 16)) == Box((0, 4, 8), (4, 8, 16))
-    assert scale_box(Region(crop="a/crop1"), (4, 16, 32), (4, 8, 16)) == Box((0, 0, 0), (4, 8, 16))
+@st.composite
+def regions_of_one_crop(draw: st.DrawFn) -> tuple[Grid, Grid, Box, Box]:
+    """Return (native grid, the plan's, what trains, what validates): disjoint boxes, or one inside the other."""
+    shape = draw(st.tuples(*[st.integers(1, 12)] * 3))
+    size = draw(st.tuples(*[st.sampled_from([1.0, 4.6, 5.9])] * 3))
+    ratio = draw(st.tuples(*[st.sampled_from([0.5, 1.0, 1.3, 2.0, 3.0, 20.0])] * 3))
+    grid = Grid(shape, size, (7.0, 0.0, -3.3))
+    starts = [draw(st.integers(0, n - 1)) for n in shape]
+    stops = [draw(st.integers(a + 1, n)) for a, n in zip(starts, shape, strict=True)]
+    validates = Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
+    trains = Box.whole(shape)
+    if draw(st.booleans()):
+        axis = draw(st.integers(0, 2))
+        edges = list(shape)
+        edges[axis] = starts[axis]
+        trains = Box((0, 0, 0), (edges[0], edges[1], edges[2]))
+    z, y, x = (a * b for a, b in zip(size, ratio, strict=True))
+    return grid, grid.at_voxel_size((z, y, x)), trains, validates
+
+
+@given(regions_of_one_crop())
+def test_no_voxel_of_a_validation_box_is_part_of_a_voxel_that_trains(case: tuple[Grid, Grid, Box, Box]) -> None:
+    grid, target, trains, validates = case
+    taught = np.zeros(target.shape_zyx, bool)
+    taught[scale_box(trains, grid, target, "inwards").slices] = True
+    if trains == Box.whole(grid.shape_zyx):  # else the box that trains must do alone: the other is of another crop
+        taught[scale_box(validates, grid, target, "outwards").slices] = False
+    for voxel in np.argwhere(taught):
+        z, y, x = voxel.tolist()
+        covered = grid.covering(target.crop(Box((z, y, x), (z + 1, y + 1, x + 1)))).clip(validates)
+        assert covered.num_voxels == 0
+    predicted = scale_box(validates, grid, target, "nearest")
+    assert predicted.num_voxels > 0
+    assert predicted.clip(Box.whole(target.shape_zyx)) == predicted
+    assert predicted.clip(scale_box(validates, grid, target, "outwards")) == predicted
+
+
+def test_a_line_that_validates_does_not_teach_at_twice_the_voxel_size() -> None:
+    grid = Grid((1, 512, 4), (50.0, 4.6, 4.6), (0.0, 0.0, 0.0))
+    target = grid.at_voxel_size((50.0, 9.2, 9.2))
+    low, middle, high = (Box((0, a, 0), (1, b, 4)) for a, b in ((0, 307), (307, 410), (410, 512)))
+    assert scale_box(low, grid, target, "inwards") == Box((0, 0, 0), (1, 153, 2))
+    assert scale_box(middle, grid, target, "outwards") == Box((0, 153, 0), (1, 205, 2))
+    assert scale_box(high, grid, target, "inwards") == Box((0, 205, 0), (1, 256, 2))
+
+
+@given(st.tuples(*[st.integers(1, 99)] * 3), st.floats(0.3, 9.0))
+def test_a_whole_crop_is_whole_on_any_grid(shape: VoxelsZYX, size: float) -> None:
+    grid = Grid(shape, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+    target = grid.at_voxel_size((size, size, size))
+    for rounding in ("inwards", "nearest", "outwards"):
+        assert scale_box(Box.whole(shape), grid, target, rounding) == Box.whole(target.shape_zyx)

@@ -8,16 +8,15 @@ class k. A patch reads one array instead of K, augmentation moves one, and every
                                                             1:  present   absent
                                                             2:  absent    present
 
-Code volumes lie in a sidecar cache that is keyed by the content of the annotation and by the voxel size, not by the
-class table; deleting the cache, or one entry, is always safe. The label arrays are read for the codes at their own
-voxel size, and those are read for every other. An open crop holds no memory map and no file: each look at its codes
-maps them anew, so that a worker can hold a thousand.
+Code volumes lie in a sidecar cache. Their key is what the values of the annotation mean, where its files lie, the
+name, size and time of each file, and the voxel size; not the class table, and not the bytes: data that was moved or
+touched is encoded anew. Deleting the cache, or one entry, is always safe. The label arrays are read for the codes at
+their own voxel size, and those are read for every other. An open crop holds no memory map and no file: each look at
+its codes maps them anew, so that a worker can hold a thousand.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -34,7 +33,7 @@ from numpy.typing import NDArray
 from autoseg.data.classes import States
 from autoseg.data.coding import INDEX_BLOCK, CodeWriter, Fine, encode_codes, encode_labels
 from autoseg.data.dataset import Crop
-from autoseg.data.store import checksums_in
+from autoseg.data.store import alone, checksums_in
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
 from autoseg.schema import write_atomically
@@ -175,7 +174,7 @@ def index_blocks(shape_zyx: VoxelsZYX) -> IndexBlocks:
 
 
 def _content_key(crop: Crop) -> bytes:
-    """Return a digest of what the annotation is: meaning of values, and name, size and time of every stored file."""
+    """Return a digest of what its values mean, where the annotation lies, and name, size and time of its files."""
     digest = hashlib.sha256(repr((CODES_VERSION, crop.grid)).encode())
     for label in crop.labels:
         digest.update(repr((label.name, label.instance, label.absent, label.unknown)).encode())
@@ -202,9 +201,14 @@ def _entry_name(key: bytes, grid: Grid) -> str:
 
 
 def _build_into(crop: Crop, grid: Grid, folder: Path, encode: Callable[[CodeWriter], None]) -> None:
-    """Build in a temporary folder and rename it; processes that want the same entry wait for the first."""
+    """Build in a temporary folder and rename it; processes that want the same entry wait for the first.
+
+    Where files cannot be locked two may build at once; then the first to finish wins.
+    """
     for attempt in range(ATTEMPTS):
-        with _alone(folder):
+        with alone(folder.with_name(f".lock-{folder.name}"), "choose another --cache") as held:
+            for left in folder.parent.glob(f".building-{folder.name}-*") if held else ():  # by a killed process
+                shutil.rmtree(left, ignore_errors=True)
             if folder.exists():
                 return
             temporary = Path(tempfile.mkdtemp(prefix=f".building-{folder.name}-", dir=folder.parent))
@@ -226,42 +230,3 @@ def _build(crop: Crop, grid: Grid, folder: Path, encode: Callable[[CodeWriter], 
     names = [label.name for label in crop.labels]
     table = {"crop": crop.name, "names": names, "states": states.tolist(), "voxels": histogram.tolist()}
     write_atomically(folder / "table.json", json.dumps(table).encode())
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of an entry and clear away what a killed process left of it.
-
-    Where files cannot be locked two may build at once; then the first to finish wins.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f".lock-{folder.name}")
-        handle = _locked(lock)
-    except OSError as error:
-        raise DataError(folder.parent, f"cannot be written ({error.strerror})", "choose another --cache") from None
-    try:
-        if handle is not None:
-            for left in folder.parent.glob(f".building-{folder.name}-*"):
-                shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        if handle is not None:
-            lock.unlink(missing_ok=True)
-            os.close(handle)
-
-
-def _locked(path: Path) -> int | None:
-    """Return an open, locked file at that path; None where the file system has no locks."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                return handle
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(handle)
-            return None
-        os.close(handle)  # whoever held it is done and removed it

@@ -181,17 +181,26 @@ class CodeWriter:
 
 
 def encode_labels(crop: Crop, writer: CodeWriter, checksums: Checksums) -> None:
-    """Write the codes of a crop at its own voxel size; each chunk of each label array is decoded once."""
-    readers = [ArrayReader(label.path, ChunkCache(0, checksums)) for label in crop.labels]
+    """Write the codes of a crop at its own voxel size; each chunk of each label array is decoded once.
+
+    Of a block, the chunks of one array at a time are in memory, and the flags; the rest is of a part of MOST_VOXELS.
+    """
+    cache = ChunkCache(2**62, checksums)
+    readers = [ArrayReader(label.path, cache) for label in crop.labels]
     stored = [reader.stored_chunks for reader in readers]
-    for box in blocks(crop.grid.shape_zyx, _block_shape([r.chunk_zyx for r in readers], crop.grid.shape_zyx)):
-        flags = _Flags(box.shape_zyx, len(readers))
+    for block in blocks(crop.grid.shape_zyx, _block_shape([r.chunk_zyx for r in readers], crop.grid.shape_zyx)):
+        parts = [part.shift(block.start) for part in blocks(block.shape_zyx, _part_shape(block.shape_zyx))]
+        flags = [_Flags(part.shape_zyx, len(readers)) for part in parts]
         for k, (label, reader, there) in enumerate(zip(crop.labels, readers, stored, strict=True)):
-            chunks = [slice(a // c, -(-b // c)) for a, b, c in zip(box.start, box.stop, reader.chunk_zyx, strict=True)]
-            # where nothing is stored, one voxel tells the fill value of all
-            part = box if there[tuple(chunks)].any() else Box(box.start, _zyx([a + 1 for a in box.start]))
-            _add_label(flags, k, label, reader.read(part))
-        writer.write(box, *flags.keys())
+            for box, flag in zip(parts, flags, strict=True):
+                edges = zip(box.start, box.stop, reader.chunk_zyx, strict=True)
+                chunks = tuple(slice(a // c, -(-b // c)) for a, b, c in edges)
+                # where nothing is stored, one voxel tells the fill value of all
+                part = box if there[chunks].any() else Box(box.start, _zyx([a + 1 for a in box.start]))
+                _add_label(flag, k, label, reader.read(part))
+            cache.clear()
+        for box, flag in zip(parts, flags, strict=True):
+            writer.write(box, *flag.keys())
 
 
 def _add_label(flags: _Flags, k: int, label: LabelArray, values: NDArray[Any]) -> None:
@@ -222,6 +231,15 @@ def _block_shape(chunks: Sequence[VoxelsZYX], shape_zyx: VoxelsZYX) -> VoxelsZYX
         if math.prod(block) * wanted <= MOST_VOXELS:
             block[axis] *= wanted
     return _zyx(block)
+
+
+def _part_shape(block_zyx: VoxelsZYX) -> VoxelsZYX:
+    """Return the block halved, along its longest axis each time, until it is of bounded size: a chunk may be huge."""
+    part = list(block_zyx)
+    while math.prod(part) > MOST_VOXELS:
+        axis = part.index(max(part))
+        part[axis] = -(-part[axis] // 2)
+    return _zyx(part)
 
 
 # ---- from codes to coarser (or finer) ones ------------------------------------------------------------------

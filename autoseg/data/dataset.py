@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from autoseg.data import store
 from autoseg.data.classes import table_of
-from autoseg.data.datasplit import CropRow, SplitName, read_datasplit, refuse_twins
+from autoseg.data.datasplit import CropRow, SplitName, read_datasplit, refuse_namesake, refuse_twins
 from autoseg.errors import AutosegError, DataError
 from autoseg.geometry import Box, Grid
 from autoseg.schema import ClassTable, LeftOut, nearest
@@ -59,7 +59,8 @@ class Crop(NamedTuple):
 class Dataset(NamedTuple):
     """All usable crops, every one that is not with its reason, the class table, and the EM volumes.
 
-    `foreign`: class folders whose name is in no table, each name once; the crops they lie in are used without them.
+    `foreign`: class folders whose name is in no table, and classes that datasplit.csv lists for a crop that has no such
+    folder; each name once, the crops are used without them.
     """
 
     root: Path
@@ -90,8 +91,12 @@ def open_dataset(data: Path) -> Dataset:
         root = data
         csv_path = data / "datasplit.csv"
         rows = list(read_datasplit(csv_path)) if csv_path.is_file() else list(_scan(data))
-    volumes = {zarr_path.stem: zarr_path for zarr_path in sorted(root.glob("*/*.zarr"))}
-    volumes = {name: em for name, path in volumes.items() if (em := _find_em(path)) is not None}
+    volumes: dict[str, Path] = {}
+    for zarr_path in sorted(root.glob("*/*.zarr")):
+        if (em := _find_em(zarr_path)) is not None:
+            first = volumes.setdefault(zarr_path.stem, em)
+            if not rows:  # else the crops say which of them is meant
+                refuse_namesake(zarr_path.stem, first, em)
     if not rows and not volumes:
         raise DataError(
             data,
@@ -121,28 +126,41 @@ def _open_crops(
     nothing can be learnt or inferred from it, and the other classes are as good without it. Its labels stay part of
     the crop, so that naming it in a table later changes no code volume.
     """
-    crops, left_out, foreign = [], [], dict[str, list[str]]()
+    crops, left_out, foreign = [], [], dict[_Stray, list[str]]()
     known = frozenset(entry.name for entry in table.classes)
     volumes = _Volumes({})
     for row in rows:
         try:
-            crop, unknown = _open_crop(row, known, volumes)
+            crop, strays = _open_crop(row, known, volumes)
             crops.append(crop)
         except AutosegError as error:
             left_out.append(LeftOut(name=row.name, why=str(error).replace(f"{root}{os.sep}", "")))
             continue
-        for name in unknown:
-            foreign.setdefault(name, []).append(row.name)
-    folders = [
-        LeftOut(name=f"{where[0]}/{name}", why=_foreign(name, where, known)) for name, where in sorted(foreign.items())
+        for stray in strays:
+            foreign.setdefault(stray, []).append(row.name)
+    named = [
+        LeftOut(name=f"{where[0]}/{stray.name}", why=_foreign(stray, where, known))
+        for stray, where in sorted(foreign.items())
     ]
-    return tuple(crops), tuple(left_out), tuple(folders)
+    return tuple(crops), tuple(left_out), tuple(named)
 
 
-def _foreign(name: str, crops: Sequence[str], known: Iterable[str]) -> str:
-    near = nearest(name, sorted(known))
-    where = f"{crops[0]}/{name}" + (f" and in {len(crops) - 1} more crops" if len(crops) > 1 else "")
-    return f"{where}: is not a class of the table: " + (f"did you mean {near}?" if near else "add it to classes.json")
+class _Stray(NamedTuple):
+    """A class folder whose name is in no table, or (not `held`) a class that is listed but has no folder."""
+
+    name: str
+    held: bool
+
+
+def _foreign(stray: _Stray, crops: Sequence[str], known: frozenset[str]) -> str:
+    near = None if stray.name in known else nearest(stray.name, sorted(known))
+    where = f"{crops[0]}/{stray.name}" + (f" and in {len(crops) - 1} more crops" if len(crops) > 1 else "")
+    what, remedy = (
+        ("is not a class of the table", "add it to classes.json")
+        if stray.held
+        else ("is listed in the datasplit, but has no folder", "restore it, or remove it from the list")
+    )
+    return f"{where}: {what}: " + (f"did you mean {near}?" if near else remedy)
 
 
 class _Volumes(NamedTuple):
@@ -179,8 +197,8 @@ def _find_em(zarr_path: Path) -> Path | None:
     return next(iter(usual or found), None)
 
 
-def _open_crop(row: CropRow, known: frozenset[str], volumes: _Volumes) -> tuple[Crop, list[str]]:
-    """Return the crop and the names of its class folders that are in no table."""
+def _open_crop(row: CropRow, known: frozenset[str], volumes: _Volumes) -> tuple[Crop, list[_Stray]]:
+    """Return the crop, its class folders that are in no table, and the classes listed that have no folder."""
     if row.em is None:
         raise DataError(row.name, f"its zarr has no EM under {RECON}/em", "add the EM, or remove the crop")
     if not row.group.is_dir():
@@ -188,9 +206,11 @@ def _open_crop(row: CropRow, known: frozenset[str], volumes: _Volumes) -> tuple[
     em_grid, levels = volumes.levels(row.em)
     with os.scandir(row.group) as entries:
         names = sorted(e.name for e in entries if e.name != "all" and not e.name.startswith(".") and e.is_dir())
+    strays = []
     if row.classes is not None:
+        strays = [_Stray(name, held=False) for name in dict.fromkeys(row.classes) if name not in names]
         names = [name for name in names if name in row.classes]
-    unknown = [name for name in names if name not in known]
+    strays += [_Stray(name, held=True) for name in names if name not in known]
     labels, grids = [], []
     for name in names:
         label, grid = _open_label(row.group / name)
@@ -198,15 +218,15 @@ def _open_crop(row: CropRow, known: frozenset[str], volumes: _Volumes) -> tuple[
         grids.append(grid)
         if grid.aligned_with(grids[0]) != (0, 0, 0) or grid.shape_zyx != grids[0].shape_zyx:
             raise DataError(row.group / name, f"lies on another grid than {names[0]}", "store all classes on one grid")
-    if len(unknown) == len(names):
-        why = f" ({_foreign(unknown[0], [row.name], known)})" if unknown else ""
+    if known.isdisjoint(names):
+        why = f" ({_foreign(strays[0], [row.name], known)})" if strays else ""
         raise DataError(row.group, f"annotates no class{why}", "restore its class folders, or remove the crop")
     grid = grids[0]
     if em_grid.covering(grid).clip(Box.whole(em_grid.shape_zyx)).num_voxels == 0:
         raise DataError(row.group, f"lies outside its EM {row.em}", "correct the translations in .zattrs")
     if not any(array.coverage(level_grid.covering(grid)) > 0 for level_grid, array in levels):
         raise DataError(row.group, f"of its EM {row.em} nothing was fetched", "fetch the EM under it")
-    return Crop(row.name, row.em, grid, tuple(labels), row.split), unknown
+    return Crop(row.name, row.em, grid, tuple(labels), row.split), strays
 
 
 def _open_label(path: Path) -> tuple[LabelArray, Grid]:

@@ -34,7 +34,7 @@ def read_datasplit(path: Path) -> Iterator[CropRow]:
     """Yield the rows of a datasplit.csv: split, EM zarr, EM path, label zarr, crop/[classes] (or split, EM, crop)."""
     seen: dict[str, tuple[int, str]] = {}
     try:
-        lines = list(csv.reader(path.read_text().splitlines()))
+        lines = list(csv.reader(path.read_text("utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(path, f"cannot be read ({error})", "check the file") from None
     for number, cells in enumerate(lines, start=1):
@@ -71,14 +71,24 @@ def _datasplit_row(path: Path, number: int, cells: list[str]) -> CropRow:
 
 
 def refuse_twins(rows: Sequence[CropRow]) -> None:
-    """Raise DataError where one crop is met under two names, or two crops under one number of a volume."""
+    """Raise DataError where one crop has two names, two crops one number of a volume, or two EM volumes one name."""
     folders: dict[str, CropRow] = {}
     numbers: dict[tuple[str, str], CropRow] = {}
+    ems: dict[str, Path] = {}
     for row in rows:
         volume, folder = row.name.rsplit("/", 1)
+        if row.em is not None:
+            refuse_namesake(volume, ems.setdefault(volume, row.em), row.em)
         number = re.sub(r"^crop0*(?=\d)", "crop", folder)
         twin = numbers.setdefault((volume, number), row)
         twin = folders.setdefault(os.path.realpath(row.group), row) if twin is row else twin
         if twin is not row:
             side = " on both sides of the split" if twin.split != row.split else ""
             raise DataError(row.group, f"is the same crop as {twin.group}{side}", "keep one of them")
+
+
+def refuse_namesake(volume: str, em: Path, other: Path) -> None:
+    """Raise DataError for two EM volumes of one name: the grey values of one would stand for both."""
+    if em != other and os.path.realpath(em) != os.path.realpath(other):
+        what = f"is called {volume}, and so is {em}"
+        raise DataError(other, what, "list crops of one of them alone, or give one a zarr of another name")

@@ -85,10 +85,12 @@ class PatchSampler:
         codes = open_codes(crop, plan.voxel_size_nm, cache)
         states, _ = self._logic.complete(self._logic.rows(codes.states_CK, codes.names))
         states = states[:, self._columns]
-        shape = codes.grid.shape_zyx
-        box = scale_box(region, crop.grid.shape_zyx, shape)
+        shape = crop.grid.shape_zyx
+        box = scale_box(region.box(shape), crop.grid, codes.grid, "inwards")
         hidden = tuple(
-            scale_box(other, crop.grid.shape_zyx, shape) for other in plan.split.validate if other.crop == region.crop
+            scale_box(other.box(shape), crop.grid, codes.grid, "outwards")
+            for other in plan.split.validate
+            if other.crop == region.crop
         )
         holds_CK = np.concatenate([states == PRESENT, (states != UNKNOWN).any(axis=1)[:, None]], axis=1)
         return Source(

@@ -6,7 +6,8 @@ its voxels they hold, so that a voxel is found by one search and one look at a b
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,10 @@ from autoseg.data.em import EmReader, read_input
 from autoseg.data.store import ArrayReader, ChunkCache
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, VoxelsZYX
-from autoseg.schema import Region
 
 Codes = NDArray[Any]
+Rounding = Literal["inwards", "nearest", "outwards"]
+HAIR = 1e-6  # of a voxel: less is no part of it
 
 
 class BlockIndex(NamedTuple):
@@ -149,9 +151,25 @@ def read_source(source: Source, codes_ZYX: Codes, box: Box, input_slices: int) -
     return image, codes
 
 
-def scale_box(region: Region, from_zyx: VoxelsZYX, to_zyx: VoxelsZYX) -> Box:
-    """Return the region's box on another grid of the same extent."""
-    box = region.box(from_zyx)
-    start = [round(a * t / f) for a, f, t in zip(box.start, from_zyx, to_zyx, strict=True)]
-    stop = [round(b * t / f) for b, f, t in zip(box.stop, from_zyx, to_zyx, strict=True)]
+def scale_box(box: Box, grid: Grid, target: Grid, rounding: Rounding) -> Box:
+    """Return a box of one grid on another of the same corner; where it reaches the end of one, so it does of the other.
+
+    Training rounds inwards and hides what validates rounded outwards, so that no voxel of either grid is on both sides.
+    Only `inwards` may leave nothing of a box.
+    """
+    start, stop = [], []
+    for axis in range(3):
+        ratio, length = grid.voxel_size_nm[axis] / target.voxel_size_nm[axis], target.shape_zyx[axis]
+        low, high = (min(place[axis] * ratio, length) for place in box)
+        high = length if box.stop[axis] >= grid.shape_zyx[axis] else high
+        first, last = {
+            "inwards": (math.ceil(low - HAIR), math.floor(high + HAIR)),
+            "nearest": (round(low), round(high)),
+            "outwards": (math.floor(low + HAIR), math.ceil(high - HAIR)),
+        }[rounding]
+        if last <= first and rounding != "inwards":
+            first = min(math.floor(low + HAIR), length - 1)
+            last = first + 1
+        start.append(first)
+        stop.append(max(first, last))
     return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))

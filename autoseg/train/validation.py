@@ -59,7 +59,7 @@ class Validator:
             states, _ = logic.complete(logic.rows(codes.states_CK, codes.names))
             if crop.em not in readers:
                 readers[crop.em] = EmReader(crop.em, plan.voxel_size_nm, plan.normalization, chunks)
-            box = scale_box(region, crop.grid.shape_zyx, codes.grid.shape_zyx)
+            box = scale_box(region.box(crop.grid.shape_zyx), crop.grid, codes.grid, "nearest")
             self._targets.append(_Target(box, codes, states[:, columns], readers[crop.em]))
 
     def score(

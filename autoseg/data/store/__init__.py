@@ -16,7 +16,7 @@ from autoseg.data.store.layout import CHUNK_CAP_BYTES, units_of
 from autoseg.data.store.metadata import Level, Multiscale, multiscale_attributes, open_multiscale
 from autoseg.data.store.pyramid import CHUNK_EDGE, chunk_shape, pyramid_grids, write_pyramid
 from autoseg.data.store.reading import ArrayReader, ChunkCache
-from autoseg.data.store.sidecar import Checksums, checksums_in
+from autoseg.data.store.sidecar import Checksums, alone, checksums_in
 
 __all__ = [
     "CHUNK_CAP_BYTES",
@@ -26,6 +26,7 @@ __all__ = [
     "ChunkCache",
     "Level",
     "Multiscale",
+    "alone",
     "checksums_in",
     "chunk_shape",
     "create_array",

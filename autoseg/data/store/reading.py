@@ -48,6 +48,11 @@ class ChunkCache:
             self._num_bytes -= _held_bytes(self._chunks.popitem(last=False)[1])
         return chunk
 
+    def clear(self) -> None:
+        """Forget all chunks."""
+        self._chunks.clear()
+        self._num_bytes = 0
+
 
 def _held_bytes(chunk: NDArray[Any]) -> int:
     """Return the memory of an entry; a chunk that is not stored is one value, broadcast."""

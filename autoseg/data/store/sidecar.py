@@ -15,11 +15,13 @@ does: its record is void.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,8 +131,11 @@ class Checksums:
                 decode(unit, raw)
             size, mtime_ns = status or (len(raw), 0)
             rows[file] = Entry(size, mtime_ns, zlib.crc32(raw))
-        if rows != known.rows:
-            _write(self._path(array), rows)
+        new = {file: entry for file, entry in rows.items() if known.rows.get(file) != entry}
+        if new:
+            path = self._path(array)
+            with alone(path.with_suffix(".lock"), "choose another --cache"):  # others may have recorded meanwhile
+                _write(path, self.of(array, layout).rows | new)
         return _digest(rows, files)
 
     def _path(self, array: Path) -> Path:
@@ -140,6 +145,41 @@ class Checksums:
 def checksums_in(cache: Path) -> Checksums:
     """Return the checksums of stored chunks that the cache holds."""
     return Checksums(cache / FOLDER)
+
+
+@contextlib.contextmanager
+def alone(lock: Path, remedy: str) -> Iterator[bool]:
+    """Hold a lock file, made for that long; yield whether it is held: not every file system has locks.
+
+    DataError with that remedy where it cannot be made.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(lock)
+    except OSError as error:
+        raise DataError(lock.parent, f"cannot be written ({error.strerror})", remedy) from None
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _locked(path: Path) -> int | None:
+    """Return an open, locked file at that path; None where the file system has no locks."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(handle)
+            return None
+        os.close(handle)  # whoever held it is done and removed it
 
 
 def linear(layout: Layout, unit: VoxelsZYX) -> int:
