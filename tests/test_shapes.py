@@ -245,4 +245,4 @@ def test_the_table_shows_thickness_and_instances(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().err
     assert "24 (24–24)" in shown
     shape = by_name(facts)["ves"]
-    assert f"{shape.num_instances} (+{shape.num_instances_cut} cut)" in shown
+    assert f"{shape.num_instances} + {shape.num_instances_cut}" in shown
