@@ -73,7 +73,7 @@ def make_dataset(
         voxel_size_nm=voxel_size_nm,
         labels="labels",
         values={name: (i + 1,) for i, name in enumerate(classes)},
-        ignore_value=UNKNOWN_LABEL if partial else None,
+        ignore_value=UNKNOWN_LABEL if partial and z > 1 else None,
         grid=(1, 1, crops),
         validate=validate,
     )

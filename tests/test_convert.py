@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from autoseg import cli
 from autoseg.data import convert, store, writer
@@ -24,7 +26,8 @@ from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, table_of
 from autoseg.data.codes import open_codes
 from autoseg.data.convert import Imported, import_arrays, import_volumes
 from autoseg.data.dataset import Crop, open_dataset
-from autoseg.data.formats import Volume
+from autoseg.data.formats import Volume, open_volume
+from autoseg.data.store import sidecar
 from autoseg.data.writer import ImportRequest
 from autoseg.errors import AutosegError, DataError
 from autoseg.geometry import Box, Grid, VoxelsZYX
@@ -101,7 +104,7 @@ def requests(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     if draw(st.booleans()):
         arrays["mask"] = volume(1, "uint8", shape, seed + 3)
     changes = {"grid": grid, "crops": crops, "values": draw(st.sampled_from([VALUES, {"er": (1,), "ne": (1, 3)}]))}
-    return changes | {"ignore_value": draw(st.sampled_from([None, 0, 2, 9]))}, arrays
+    return changes | {"ignore_value": draw(st.sampled_from([None, 0, 2]))}, arrays
 
 
 @settings(max_examples=20)
@@ -162,9 +165,12 @@ def test_ids_of_64_bits_survive(data: Path) -> None:
 @pytest.mark.parametrize(("dtype", "ignored"), [("uint8", None), ("int64", -1)])
 def test_an_id_may_equal_unknown_where_nothing_is(data: Path, dtype: str, ignored: int | None, tmp_path: Path) -> None:
     ids = volume(1, dtype) * 255
+    ids[0, 0, 0] = 0 if ignored is None else ignored
     request = asked(data, values={}, instances={"mito": "n"}, ignore_value=ignored)
     import_arrays(request, {"em": volume(9), "instances mito": ids})
-    np.testing.assert_array_equal(states(open_dataset(data).crops[0], "mito", tmp_path / "c"), ids > 0)
+    np.testing.assert_array_equal(
+        states(open_dataset(data).crops[0], "mito", tmp_path / "c"), np.where(ids < 0, UNKNOWN, ids > 0)
+    )
 
 
 def test_without_labels_the_ignore_value_is_an_instance_id(data: Path, tmp_path: Path) -> None:
@@ -403,7 +409,7 @@ def test_remarks_name_what_may_be_a_mistake(data: Path) -> None:
     with h5py.File(data.parent / "em.h5", "w") as file:
         file["main"] = volume(255)
         file["main"].attrs["resolution"] = [40, 8, 16]
-    request = asked(data, em=f"{data.parent}/em.h5", mask=f"{data.parent}/mask.npy", ignore_value=9)
+    request = asked(data, em=f"{data.parent}/em.h5", mask=f"{data.parent}/mask.npy", ignore_value=0)
     assert import_volumes(request._replace(values={"mito": (1,)})).remarks == (
         f"{data.parent}/em.h5:main declares voxels of 40 x 8 x 16 nm (z, y, x); --voxel-size-nm was taken",
         f"{data.parent}/labels.npy: values 2, 3 are not named by --values and count as none of its classes",
@@ -419,6 +425,75 @@ def test_a_value_outside_the_kept_cells_is_no_mistake(data: Path) -> None:
         asked(data, values={"mito": (1,), "pm": (3,)}, labels=f"{data.parent}/labels.npy", grid=(2, 1, 1), crops=(2,))
     )
     assert stored(open_dataset(data).crops[0], "pm").max() == 0
+
+
+def test_an_ignore_value_outside_the_kept_cells_is_no_mistake(data: Path) -> None:
+    ids = np.ones(SHAPE, np.uint8)
+    ids[0, 0, 0] = 9
+    request = asked(data, values={}, instances={"nuc": "n"}, ignore_value=9, grid=(2, 1, 1), crops=(2,))
+    import_arrays(request, {"em": volume(9), "instances nuc": ids})
+    assert stored(open_dataset(data).crops[0], "nuc").min() == 1
+
+
+def test_a_volume_that_only_validates_is_imported_after_one_that_trains(data: Path) -> None:
+    import_volumes(asked(data, name="a"))
+    import_volumes(asked(data, name="b", validate=(1,)))
+    import_volumes(asked(data, name="c", validate=(1,)))
+    assert [crop.split for crop in open_dataset(data).crops] == ["train", "validate", "validate"]
+
+
+def test_two_imports_at_once_lose_no_crop(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins while the first writes: it waits, or the first would write an older datasplit.csv over its."""
+    import_volumes(asked(data, name="old", grid=(1, 1, 2), validate=(1,)))
+    begun, genuine = threading.Event(), (sidecar._locked, convert.write_volume)
+
+    def second() -> None:
+        import_volumes(asked(data, name="b"))
+        begun.set()
+
+    def waits(path: Path) -> int | None:
+        begun.set()
+        return genuine[0](path)
+
+    def overtaken(*arguments: Any) -> list[str]:
+        monkeypatch.setattr(convert, "write_volume", genuine[1])
+        monkeypatch.setattr(sidecar, "_locked", waits)
+        thread.start()
+        assert begun.wait(60)
+        return genuine[1](*arguments)
+
+    thread = threading.Thread(target=second)
+    monkeypatch.setattr(convert, "write_volume", overtaken)
+    import_volumes(asked(data, name="a"))
+    thread.join()
+    names = [crop.name for crop in open_dataset(data).crops]
+    assert names == ["old/crop1", "old/crop2", "a/crop3", "b/crop4"]
+    assert not list(data.glob(".*")), "no lock and no staging is left"
+
+
+def test_what_a_killed_import_left_is_cleared_away(data: Path) -> None:
+    import_volumes(asked(data, name="a"))
+    left = data / ".importing-killed/vol/vol.zarr"
+    left.mkdir(parents=True)
+    (left / "chunk").write_bytes(b"x")
+    (data / ".importing.lock").touch()
+    import_volumes(asked(data, name="b"))
+    assert not list(data.glob(".*"))
+
+
+def test_palette_indices_are_labels_but_no_grey_values(data: Path) -> None:
+    for z, plane in enumerate(volume(3)):
+        image = Image.fromarray(plane).convert("P")
+        image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+        image.save(data.parent / f"{z}.png")
+    labels = np.stack([np.asarray(Image.open(data.parent / f"{z}.png")) for z in range(SHAPE[0])])
+    spec = f"{data.parent}/*.png"
+    pattern = r"\*\.png: holds indices of a colour palette, not grey values: save it as 8 bit greyscale"
+    fails(asked(data, em=spec), pattern)
+    with open_volume(spec) as indices, pytest.raises(DataError, match=pattern):
+        writer.write_em(indices, data / "em", VOXEL_NM)
+    import_volumes(asked(data, values={"mito": (1, 2)}, labels=spec))
+    np.testing.assert_array_equal(stored(open_dataset(data).crops[0], "mito"), (labels == 1) | (labels == 2))
 
 
 # --- bad input: one line, and DATA as it was ---
@@ -441,6 +516,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"labels": None, "values": {"mito": (1,)}}, "--labels: .*--values.*: e.g."),
     ({"labels": "labels.npy", "values": {}}, "--labels: .*--values.*: e.g."),
     ({"labels": "labels.npy", "values": {"mito": ()}}, "--values: class mito has no value: write mito=1"),
+    ({"validate": (1,)}, "--validate: leaves no crop to train on: import crops to train on first"),
+    ({"grid": (1, 1, 2), "validate": (1, 2)}, "--validate: leaves no crop to train on"),
     ({"ignore_value": 2}, "--ignore-value: 2 is also a value of class mito: name it once"),
     *(({"values": {}, flag: value}, f"--{flag.replace('_', '-')}: there are no labels: add") for flag, value in
       [("mask", "labels.npy"), ("ignore_value", 0), ("crops", (1,)), ("validate", (1,))]),
@@ -501,6 +578,16 @@ BAD_FILES: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
         r"labels\.npy: holds no voxel of value 7, named for class pm: it holds 0, 1, 2, 3; correct --values",
     ),
     (
+        lambda f: None,
+        {"ignore_value": 7},
+        r"labels\.npy: holds no voxel of value 7, named to be ignored: it holds 0, 1, 2, 3; correct --ignore-value",
+    ),
+    (
+        lambda f: None,
+        {"labels": None, "values": {}, "instances": {"nuc": "labels.npy"}, "ignore_value": 7},
+        r"labels\.npy: holds no voxel of value 7, named to be ignored: correct --ignore-value",
+    ),
+    (
         save_npy("ids.npy", with_negative_ids),
         {"instances": {"nuc": "ids.npy"}},
         r"ids\.npy: instance id -2: ids are positive",
@@ -526,7 +613,7 @@ def test_a_file_that_cannot_be_used(
     data: Path, damage: Callable[[Path], None], changes: dict[str, Any], pattern: str, is_new: bool
 ) -> None:
     if not is_new:
-        import_volumes(asked(data, name="old", validate=(1,)))
+        import_volumes(asked(data, name="old", grid=(1, 1, 2), validate=(1,)))
     damage(data.parent)
     folder = data.parent
 
@@ -579,7 +666,7 @@ def test_files_that_would_be_called_alike(data: Path) -> None:
 def test_whatever_fails_leaves_data_as_it_was(
     data: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, step: int
 ) -> None:
-    import_volumes(asked(data, name="old", validate=(1,)))
+    import_volumes(asked(data, name="old", grid=(1, 1, 2), validate=(1,)))
     before = snapshot(data)
     calls: Iterator[int] = iter(range(100))
 
@@ -601,7 +688,7 @@ def test_whatever_fails_leaves_data_as_it_was(
     monkeypatch.undo()
     assert snapshot(data) == before
     import_volumes(request)
-    assert open_dataset(data).crop("vol/crop2").split == "train"
+    assert open_dataset(data).crop("vol/crop3").split == "train"
 
 
 def test_from_the_command_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,13 +26,15 @@ from numpy.typing import NDArray
 
 from autoseg.data.classes import merge, table_of
 from autoseg.data.dataset import GROUNDTRUTH, open_dataset
+from autoseg.data.datasplit import read_datasplit
 from autoseg.data.formats import Volume, expand_globs, in_memory, open_volume
-from autoseg.data.writer import ImportRequest, cell_boxes, em_path, write_volume
+from autoseg.data.store import alone
+from autoseg.data.writer import ImportRequest, cell_boxes, em_path, refuse_palette, write_volume
 from autoseg.errors import DataError
 from autoseg.geometry import Box
 from autoseg.schema import ClassEntry, ClassTable, load_as, save, write_atomically
 
-CLASSES, DATASPLIT = "classes.json", "datasplit.csv"
+CLASSES, DATASPLIT, STAGING = "classes.json", "datasplit.csv", ".importing"
 VOXEL_SIZE_TOLERANCE = 0.01
 # a class is a folder beside `all`, in lists with commas and brackets; s0, s1, ... are arrays
 _CLASS_NAME = re.compile(r"(?!all$|s\d+$)\w[\w.+-]*", re.ASCII | re.IGNORECASE)
@@ -132,18 +134,18 @@ def _label_faults(request: ImportRequest) -> Iterator[tuple[str, str, str]]:
 
 
 def _import(request: ImportRequest, openers: Mapping[str, _Opener]) -> Imported:
-    for name in openers:
-        if (request.data / name).exists():
-            raise DataError(request.data / name, "exists already", "choose another --name, or remove that folder")
-    pieces = _checked_pieces(request, openers)
-    crops = [f"{piece.name}/crop{crop_id}" for piece in pieces for crop_id in piece.crops]
-    wrong = [number for number in request.validate if not 1 <= number <= len(crops)]
-    if wrong:
-        raise DataError("--validate", f"crop {wrong[0]}", f"count the crops of this import, 1 to {len(crops)}")
-    remarks = [remark for piece in pieces for remark in piece.remarks]
-    table, table_remarks = _own_table(request)
-    split, split_remarks = _datasplit(request, pieces)
     with _staging(request.data) as staging:
+        for name in openers:
+            if (request.data / name).exists():
+                raise DataError(request.data / name, "exists already", "choose another --name, or remove that folder")
+        pieces = _checked_pieces(request, openers)
+        crops = [f"{piece.name}/crop{crop_id}" for piece in pieces for crop_id in piece.crops]
+        wrong = [number for number in request.validate if not 1 <= number <= len(crops)]
+        if wrong:
+            raise DataError("--validate", f"crop {wrong[0]}", f"count the crops of this import, 1 to {len(crops)}")
+        remarks = [remark for piece in pieces for remark in piece.remarks]
+        table, table_remarks = _own_table(request)
+        split, split_remarks = _datasplit(request, pieces)
         for piece in pieces:
             with contextlib.ExitStack() as stack:
                 zarr = staging / piece.name / f"{piece.name}.zarr"
@@ -178,6 +180,7 @@ def _checked_pieces(request: ImportRequest, openers: Mapping[str, _Opener]) -> l
 
 def _check_sources(request: ImportRequest, sources: Mapping[str, Volume]) -> None:
     em = sources["em"]
+    refuse_palette(em)
     for key, volume in sources.items():
         if volume.shape_zyx != em.shape_zyx:
             what = f"{key} has shape {volume.shape_zyx}, the EM {em.name} {em.shape_zyx} (z, y, x)"
@@ -238,6 +241,7 @@ def _datasplit(request: ImportRequest, pieces: Sequence[_Piece]) -> tuple[bytes 
     if not crops or not (path.is_file() or request.validate):
         return None, []
     before = path.read_bytes() if path.is_file() else b""
+    sides = {row.split for row in read_datasplit(path)} if before else set()
     remarks: list[str] = []
     rows = []
     if not path.is_file() and any(request.data.glob(f"*/*.zarr/{GROUNDTRUTH}/crop*")):
@@ -248,6 +252,8 @@ def _datasplit(request: ImportRequest, pieces: Sequence[_Piece]) -> tuple[bytes 
             rows.append(_row("train", crop.name, em_inner, [label.name for label in crop.labels]))
     for number, (em_inner, name) in enumerate(crops, start=1):
         rows.append(_row("validate" if number in request.validate else "train", name, em_inner, request.classes))
+    if "train" not in sides | {row[0] for row in rows}:
+        raise DataError("--validate", "leaves no crop to train on", "import crops to train on first, or leave one out")
     text = io.StringIO()
     csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
     newline = b"\n" if before and not before.endswith(b"\n") else b""
@@ -262,22 +268,27 @@ def _row(split: str, crop: str, em_inner: str, classes: Sequence[str]) -> tuple[
 
 @contextlib.contextmanager
 def _staging(data: Path) -> Iterator[Path]:
-    """Give an empty folder inside DATA that is gone afterwards, with every folder made for it if there is an error."""
+    """Give an empty folder inside DATA, to one import at a time; clear away what a killed one left.
+
+    It is gone afterwards, and if there is an error so is every folder made for it.
+    """
     made = [folder for folder in (data, *data.parents) if not folder.exists()]
-    staging = None
+    remedy = "make it a folder with space left"
     try:
-        data.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".importing-", dir=data))
-        yield staging
-        shutil.rmtree(staging, ignore_errors=True)
+        with alone(data / f"{STAGING}.lock", remedy) as held:
+            for left in data.glob(f"{STAGING}-*") if held else ():
+                shutil.rmtree(left, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}-", dir=data))
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     except BaseException as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise DataError(data, f"cannot be written ({error})", "make it a folder with space left") from error
+            raise DataError(data, f"cannot be written ({error})", remedy) from error
         raise
 
 

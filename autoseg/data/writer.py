@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ def em_path(dtype: DTypeLike) -> str:
 
 def write_em(em: Volume, group: Path, voxel_size_nm: NmZYX) -> None:
     """Write a volume as an OME-NGFF pyramid into the zarr group, slab by slab; floats become float32."""
+    refuse_palette(em)
     grid = Grid(em.shape_zyx, voxel_size_nm, (0.0, 0.0, 0.0))
     dtype = _em_dtype(em.dtype)
     depth = _slab_depth(em.shape_zyx, em.dtype.itemsize)
@@ -101,6 +102,12 @@ def write_em(em: Volume, group: Path, voxel_size_nm: NmZYX) -> None:
     grids = store.pyramid_grids(grid)
     store.write_pyramid(group, grids, lambda siblings: _mean(siblings, dtype))
     store.write_attributes(group, store.multiscale_attributes(group.name, grids))
+
+
+def refuse_palette(em: Volume) -> None:
+    """Raise DataError for EM that is stored as indices into a table of colours; labels may be."""
+    if em.is_palette:
+        raise DataError(em.name, "holds indices of a colour palette, not grey values", "save it as 8 bit greyscale")
 
 
 def cell_boxes(shape_zyx: VoxelsZYX, grid: VoxelsZYX) -> list[Box]:
@@ -176,12 +183,13 @@ class _LabelWriter:
 
     def _read(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
         slabs = {key: source.read(start, stop) for key, source in self._sources.items()}
-        self._look_at(slabs.get("labels", ()))
-        return slabs
-
-    def _look_at(self, planes: Sequence[NDArray[Any]] | NDArray[Any]) -> None:
-        for plane in planes:
+        for plane in slabs.get("labels", ()):
             self._seen.update(np.unique(plane).tolist())
+        ignored = self._request.ignore_value
+        sources = {target.source for target in self._targets if self._ignores(target)}
+        if ignored is not None and any((slabs[source] == ignored).any() for source in sources):
+            self._seen.add(ignored)
+        return slabs
 
     def _create(self, crop_id: int, target: _Target) -> Any:
         shape = self._crops[crop_id].shape_zyx
@@ -236,14 +244,18 @@ class _LabelWriter:
 
     def _refuse_missing_values(self) -> None:
         """Raise DataError for a named value that the whole file, not only the kept cells, does not hold."""
-        named = {value: name for name, values in self._request.values.items() for value in values}
+        named = {v: ("--values", f"for class {name}") for name, values in self._request.values.items() for v in values}
+        if self._request.ignore_value is not None:
+            named[self._request.ignore_value] = ("--ignore-value", "to be ignored")
         for start, stop in _slabs(0, self._grid.shape_zyx[0], self._depth):
             if named.keys() <= self._seen:
                 return
-            self._look_at(self._sources["labels"].read(start, stop))
+            self._read(start, stop)
         for value in sorted(named.keys() - self._seen):
-            what = f"holds no voxel of value {value}, named for class {named[value]}"
-            raise DataError(self._sources["labels"].name, what, f"it holds {_listed(self._seen)}; correct --values")
+            flag, role = named[value]
+            held = f"it holds {_listed(self._seen)}; " if "labels" in self._sources else ""
+            where = self._sources[self._targets[0].source].name
+            raise DataError(where, f"holds no voxel of value {value}, named {role}", f"{held}correct {flag}")
 
     def _remarks(self, counts: Mapping[tuple[int, str], tuple[int, int]]) -> Iterator[str]:
         named = {value for values in self._request.values.values() for value in values}

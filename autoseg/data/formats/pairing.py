@@ -59,8 +59,10 @@ def _open_stack(pattern: str, paths: Sequence[str]) -> Volume:
     """Open 2D files of one shape and dtype as the planes of one volume; raise DataError for an odd one."""
     with open_file(paths[0]) as first:
         alike = f"{paths[0]} is {first.stored_dtype} of {first.shape_zyx[1:]}"
+    is_palette = False
     for path in paths:
         with open_file(path) as one:
+            is_palette |= one.is_palette
             if one.shape_zyx[0] != 1 or not path.lower().endswith((*TIFF_ENDS, *PNG_ENDS)):
                 what = f"is a volume of shape {one.shape_zyx}, but {pattern} should be a stack of slices"
                 raise DataError(path, what, "name a single volume, or match 2D TIFF or PNG files only")
@@ -73,7 +75,7 @@ def _open_stack(pattern: str, paths: Sequence[str]) -> Volume:
             return volume.read(0, 1).squeeze(0)
 
     shape = (len(paths), *first.shape_zyx[1:])
-    return Volume(pattern, shape, first.stored_dtype, first.voxel_size_nm, by_plane(plane))
+    return Volume(pattern, shape, first.stored_dtype, first.voxel_size_nm, by_plane(plane), is_palette=is_palette)
 
 
 def _split_key(spec: str) -> tuple[str, str | None]:

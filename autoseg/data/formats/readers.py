@@ -99,7 +99,8 @@ def _open_png(path: str, _: str | None, files: ExitStack) -> Volume:
         raise DataError(path, what, "save one channel, as 8 or 16 bit greyscale")
     width, height = image.size
     dtype = np.dtype(_PNG_DTYPES[image.mode])
-    return Volume(path, (1, height, width), dtype, None, by_plane(lambda _: np.asarray(image)))
+    fetch = by_plane(lambda _: np.asarray(image))
+    return Volume(path, (1, height, width), dtype, None, fetch, is_palette=image.mode == "P")
 
 
 def _open_hdf5(path: str, key: str | None, files: ExitStack) -> Volume:

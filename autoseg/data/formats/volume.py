@@ -29,6 +29,7 @@ class Volume:
     voxel_size_nm: NmZYX | None
     _fetch: Callable[[int, int], NDArray[Any]] | None = field(repr=False)
     _files: ExitStack = field(default_factory=ExitStack, repr=False)
+    is_palette: bool = False
     stored_dtype: np.dtype[Any] = field(init=False)
 
     def __post_init__(self) -> None:
