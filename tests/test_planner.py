@@ -33,6 +33,7 @@ from autoseg.schema import (
     Quantiles,
     Region,
     VolumeFacts,
+    check_plan,
     encode,
     load_as,
     save,
@@ -637,3 +638,11 @@ def test_the_plan_for_a_frozen_fingerprint_and_machine_is_the_golden_one(name: s
         msgspec.structs.replace(golden, **quiet)
     )
     assert [(r.field, r.source) for r in plan.reasons] == [(r.field, r.source) for r in golden.reasons]
+
+
+@pytest.mark.parametrize("path", sorted((GOLDEN.parents[1] / "plans").glob("*.json")), ids=lambda path: path.stem)
+def test_a_shipped_plan_can_be_used_as_it_is(path: Path) -> None:
+    plan = load_as(path, Plan)
+    check_plan(plan, path.name)
+    assert path.stem == plan.name
+    assert path.read_bytes() == encode(plan), "written by the planner of this version"
