@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import shtab
 from rich_argparse import RawDescriptionRichHelpFormatter
@@ -49,8 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
 
 
+class _Once(argparse.Action):
+    """Store a value; refuse an option that is given twice, of which argparse would take the last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Store the value under the option's name."""
+        given = vars(namespace).setdefault("_given", set())
+        if option is not None and self.dest in given:
+            raise argparse.ArgumentError(self, f"is given twice, and takes one {self.dest.replace('_', ' ')} at a time")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors in the package's grammar, and near names for a mistyped command."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
     def error(self, message: str) -> NoReturn:
         """Print `where: what: what to do` and exit with 2."""
@@ -105,8 +124,8 @@ def _cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="code cache (default: $XDG_CACHE_HOME/autoseg)")
 
 
-def _device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto, a GPU if there is one)")
+def _device(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
+    parser.add_argument("--device", default=default, help="auto, cpu, cuda or cuda:1 (default: auto, the plan's)")
 
 
 def _demo(commands: _Commands) -> None:
@@ -114,7 +133,7 @@ def _demo(commands: _Commands) -> None:
         commands, "demo", "make synthetic EM, then plan, train, predict, score and report", "autoseg demo"
     )
     parser.add_argument("dir", nargs="?", type=Path, default=Path("autoseg-demo"), metavar="DIR")
-    parser.add_argument("--budget", default="100s", help="training time (default: 100s)")
+    parser.add_argument("--budget", metavar="TIME", help="training time (default: 100s)")
 
 
 def _import(commands: _Commands) -> None:
@@ -238,8 +257,8 @@ def _evaluate(commands: _Commands) -> None:
     parser.add_argument("--per-class", action="store_true", help="print the table of classes")
     parser.add_argument("--against", type=Path, metavar="OLD.json", help="show the change of each class")
     parser.add_argument("--out", type=Path, metavar="scores.json", help="default: RUN/scores.json")
-    parser.add_argument("--checkpoint", default="best", metavar="last, best or PATH")
-    _device(parser)
+    parser.add_argument("--checkpoint", metavar="last, best or PATH", help="default: best")
+    _device(parser, default=None)
 
 
 def _report(commands: _Commands) -> None:

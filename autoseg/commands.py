@@ -6,15 +6,11 @@ import argparse
 import contextlib
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from autoseg.arguments import to_cells, to_instances, to_interval, to_number, to_seconds, to_values
 from autoseg.data.codes import default_cache
@@ -24,7 +20,21 @@ from autoseg.data.store import checksums_in
 from autoseg.data.writer import ImportRequest
 from autoseg.errors import DataError, PlanError
 from autoseg.plan import fingerprint, make_plan, parse_settings, probe_hardware
-from autoseg.predict import crop_regions, cut_roi, export_labels, file_region, open_run, predict_regions, volume_regions
+from autoseg.predict import (
+    TIFF_ENDINGS,
+    Region,
+    Trained,
+    crop_regions,
+    cut_roi,
+    drop_copy,
+    export_labels,
+    file_region,
+    open_run,
+    predict_regions,
+    refuse_existing,
+    volume_regions,
+    zarr_of,
+)
 from autoseg.recipes import demo as demo_recipe
 from autoseg.recipes.dev_run import dev_run
 from autoseg.recipes.profile import profile_plan
@@ -54,24 +64,24 @@ def run_import(options: argparse.Namespace) -> int:
         crops=to_cells("--crops", options.crops) if options.crops else None,
         validate=to_cells("--validate", options.validate),
     )
-    console = terminal.make_console(quiet=options.quiet)
+    console, results = _consoles(options)
     imported = import_volumes(request)
     for remark in imported.remarks:
         console.print(f"note: {remark}")
     labelled = f"crops {', '.join(imported.crops)}" if imported.crops else "EM without labels"
-    console.print(f"imported {', '.join(imported.datasets)} into {options.data}: {labelled}")
+    results.print(f"imported {', '.join(imported.datasets)} into {options.data}: {labelled}")
     _print_json(options, imported._asdict())
     return EXIT_OK
 
 
 def run_fingerprint(options: argparse.Namespace) -> int:
     """Measure DATA."""
-    console = terminal.make_console(quiet=options.quiet)
-    with _progress(console) as progress:
+    console, results = _consoles(options)
+    with terminal.progress(console) as progress:
         facts = fingerprint(options.data, _cache(options), progress)
     if options.out:
         save(facts, options.out)
-    console.print(terminal.fingerprint_table(facts))
+    results.print(terminal.fingerprint_table(facts))
     terminal.warn(facts, console)
     _tell_cache(options, console)
     _print_json(options, facts)
@@ -80,9 +90,9 @@ def run_fingerprint(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """Plan, or show what differs between two plans."""
-    console = terminal.make_console(quiet=options.quiet)
+    console, results = _consoles(options)
     if options.diff:
-        return _plan_difference(options, console)
+        return _plan_difference(options, results)
     if options.fingerprint and options.data:
         raise PlanError("--fingerprint", "and DATA are both given", "pass one of them")
     hardware = probe_hardware() if options.hardware == "local" else load_as(Path(options.hardware), Hardware)
@@ -96,15 +106,15 @@ def run_plan(options: argparse.Namespace) -> int:
     if options.fingerprint:
         facts = load_as(options.fingerprint, Fingerprint)
     else:
-        with _progress(console) as progress:
+        with terminal.progress(console) as progress:
             facts = fingerprint(options.data or Path("data"), _cache(options), progress)
     terminal.warn(facts, console)
     plan = make_plan(out.stem, facts, hardware, settings)
     save(plan, out)
-    console.print(terminal.plan_table(plan))
-    console.print(terminal.plan_summary(plan), style="bold")
+    results.print(terminal.plan_table(plan))
+    results.print(terminal.plan_summary(plan), style="bold")
     where = f" --data {options.data}" if options.data else ""
-    console.print(f"wrote {out}; next: autoseg train --plan {out}{where}")
+    results.print(f"wrote {out}; next: autoseg train --plan {out}{where}")
     _tell_cache(options, console)
     _print_json(options, plan)
     return EXIT_OK
@@ -112,22 +122,22 @@ def run_plan(options: argparse.Namespace) -> int:
 
 def run_profile(options: argparse.Namespace) -> int:
     """Measure what a plan costs here."""
-    console = terminal.make_console(quiet=options.quiet)
+    console, results = _consoles(options)
     plan = load_as(options.plan, Plan)
     found = profile_plan(plan, options.data, _cache(options), device=options.device, tell=console.print)
-    terminal.show_profile(found, console)
+    terminal.show_profile(found, results)
     _print_json(options, found)
     return EXIT_OK
 
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, resume, or try everything once."""
-    console = terminal.make_console(quiet=options.quiet)
+    console, results = _consoles(options)
     plan = load_as(options.plan, Plan)
     cache = _cache(options)
     if options.fast_dev_run:
         for line in dev_run(plan, options.data, device=options.device, cache=cache):
-            console.print(line)
+            results.print(line)
         _print_json(options, {"works": True})
         return EXIT_OK
     run = options.run or Path("runs") / plan.name
@@ -146,9 +156,9 @@ def run_train(options: argparse.Namespace) -> int:
         view.close()
     lines = read_json_lines(run / "log.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    console.print(terminal.verdict(outcome, losses, [line["mean_dice"] for line in lines if line.get("mean_dice")]))
+    results.print(terminal.verdict(outcome, losses, [line["mean_dice"] for line in lines if line.get("mean_dice")]))
     if (run / "decode.json").is_file():
-        console.print(terminal.threshold_line(load_as(run / "decode.json", TunedDecode), plan.decode.thresholds))
+        results.print(terminal.threshold_line(load_as(run / "decode.json", TunedDecode), plan.decode.thresholds))
     if not outcome.stopped_by:
         console.print(f"run {run}; next: autoseg evaluate --run {run} --per-class, or autoseg report {run}")
     _tell_cache(options, console)
@@ -158,49 +168,20 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_predict(options: argparse.Namespace) -> int:
     """Label crops of DATA, or a volume."""
-    console = terminal.make_console(quiet=options.quiet)
-    if options.out.suffix.lower() not in (".zarr", ".tif", ".tiff", ".h5", ".hdf5"):
-        raise DataError(options.out, "has no known ending", "write to .zarr, .tif or .h5")
+    console, results = _consoles(options)
+    zarr = zarr_of(options.out)
     trained = open_run(options.run, options.checkpoint, options.device)
-    cache = _cache(options)
-    to_file = options.out.suffix.lower() != ".zarr"
-    if options.data:
-        if to_file or options.roi_nm:
-            raise DataError(options.out, "crops of DATA go into one zarr, whole", "write to .zarr, or use --volume")
-        dataset = open_dataset(options.data)
-        regions = (
-            crop_regions(split_of(options.run), dataset, options.crops or "all")
-            if dataset.crops
-            else volume_regions(trained.plan, dataset)
-        )
-    else:
-        if options.crops:
-            raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
-        regions = [file_region(trained.plan, options.volume, cache / "em")]
-    if options.roi_nm:
-        regions = [cut_roi(region, [to_interval(text) for text in options.roi_nm]) for region in regions]
-    for size in {region.grid.voxel_size_nm for region in regions}:
-        same = " as planned" if size == trained.plan.voxel_size_nm else f", resampled to {_nm(trained.plan)} and back"
-        console.print(f"EM of {' x '.join(f'{v:g}' for v in size)} nm{same}")
-    zarr = options.out.with_name(f".{options.out.name}.zarr") if to_file else options.out
-    with _progress(console) as progress:
-        predict_regions(
-            trained,
-            regions,
-            zarr,
-            probabilities=options.probabilities,
-            checksums=checksums_in(cache),
-            progress=progress,
-        )
-    if to_file:
-        export_labels(zarr, regions[0].grid, trained.plan, options.out, probabilities=options.probabilities)
-        shutil.rmtree(zarr, ignore_errors=True)
-        if regions[0].em.is_relative_to(cache):
-            shutil.rmtree(regions[0].em, ignore_errors=True)
-        if options.out.suffix.lower() in (".tif", ".tiff"):
-            numbers = ", ".join(f"{k} {name}" for k, name in enumerate(trained.plan.class_names, start=1))
-            console.print(f"values of the label map: 0 none, {numbers}")
-    console.print(f"wrote {options.out} with checkpoint {trained.checkpoint}")
+    refuse_existing(options.out, trained.plan, options.volume or "", probabilities=options.probabilities)
+    regions = _regions(options, trained)
+    try:
+        _predict_into(zarr, trained, regions, options, console)
+    finally:
+        for region in regions:
+            drop_copy(region)
+    if options.out.suffix.lower() in TIFF_ENDINGS:
+        numbers = ", ".join(f"{k} {name}" for k, name in enumerate(trained.plan.class_names, start=1))
+        results.print(f"values of the label map: 0 none, {numbers}")
+    results.print(f"wrote {options.out} with checkpoint {trained.checkpoint}")
     _tell_cache(options, console)
     _print_json(
         options, {"out": str(options.out), "regions": [r.name for r in regions], "checkpoint": trained.checkpoint}
@@ -208,20 +189,59 @@ def run_predict(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _regions(options: argparse.Namespace, trained: Trained) -> list[Region]:
+    """Return what the user asked to label; the copy of a file is the caller's to drop."""
+    if options.data:
+        if zarr_of(options.out) != options.out or options.roi_nm:
+            raise DataError(options.out, "crops of DATA go into one zarr, whole", "write to .zarr, or use --volume")
+        dataset = open_dataset(options.data)
+        if dataset.crops:
+            return crop_regions(split_of(options.run), dataset, options.crops or "all")
+        if options.crops:
+            raise DataError("--crops", f"{options.data} has no crops", "leave it out: the EM is labelled whole")
+        return volume_regions(dataset)
+    if options.crops:
+        raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
+    box = [to_interval(text) for text in options.roi_nm or ()]
+    region = file_region(trained.plan, options.volume, _cache(options) / "em")
+    try:
+        return [cut_roi(region, box) if box else region]
+    except DataError:
+        drop_copy(region)
+        raise
+
+
+def _predict_into(
+    zarr: Path, trained: Trained, regions: list[Region], options: argparse.Namespace, console: Console
+) -> None:
+    """Fill the zarr, and make the TIFF or HDF5 file of it that was asked for."""
+    for size in {region.grid.voxel_size_nm for region in regions}:
+        same = " as planned" if size == trained.plan.voxel_size_nm else f", resampled to {_nm(trained.plan)} and back"
+        console.print(f"EM of {' x '.join(f'{v:g}' for v in size)} nm{same}")
+    checksums, more = checksums_in(_cache(options)), options.probabilities
+    with terminal.progress(console) as progress:
+        predict_regions(trained, regions, zarr, probabilities=more, checksums=checksums, progress=progress)
+    if zarr != options.out:
+        export_labels(zarr, regions[0].grid, trained.plan, options.out, probabilities=more)
+        shutil.rmtree(zarr, ignore_errors=True)
+
+
 def run_evaluate(options: argparse.Namespace) -> int:
     """Score a run."""
-    console = terminal.make_console(quiet=options.quiet)
+    console, results = _consoles(options)
+    if options.pred and (options.checkpoint or options.device):
+        raise DataError("--pred", "is scored as it is", "leave out --checkpoint and --device")
     run = options.run or _only_run()
     if not (run / "plan.json").is_file():
         raise PlanError(run, "is not a run (no plan.json)", "pass the folder given to `autoseg train --run`")
     data = options.data or data_of(run)
-    with _progress(console) as progress:
+    with terminal.progress(console) as progress:
         judged = evaluate_run(
             run,
             data,
             prediction=options.pred,
-            which=options.checkpoint,
-            device=options.device,
+            which=options.checkpoint or "best",
+            device=options.device or "auto",
             cache=_cache(options),
             progress=progress,
         )
@@ -229,41 +249,41 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if out.is_file() and (before := load_as(out, Scores)).data != judged.scores.data:
         console.print(f"note: {out} held scores on {before.data} and is replaced; --out keeps several")
     save(judged.scores, out)
-    console.print(f"scored on {judged.on}")
+    results.print(f"scored on {judged.on}")
     if options.per_class:
-        console.print(terminal.score_table(judged.scores, title=f"{run} on {data}"))
+        results.print(terminal.score_table(judged.scores, title=f"{run} on {data}"))
     else:
-        console.print(
+        results.print(
             f"mean Dice {terminal.number(judged.scores.mean_dice)} over {len(judged.scores.per_class)} classes"
         )
     if options.against:
         old = load_as(options.against, Scores)
-        console.print(terminal.change_table(judged.scores, old, f"against {options.against}"))
-    console.print(f"wrote {out}")
+        results.print(terminal.change_table(judged.scores, old, f"against {options.against}"))
+    results.print(f"wrote {out}")
     _print_json(options, judged.scores)
     return EXIT_OK
 
 
 def run_report(options: argparse.Namespace) -> int:
     """Write the page of a run."""
-    console = terminal.make_console(quiet=options.quiet)
+    results = terminal.make_console()
     out = options.out or options.run / "report.html"
     write_report(options.run, out, options.scores, options.cache)
-    console.print(f"wrote {out}")
+    results.print(f"wrote {out}")
     _print_json(options, {"report": str(out)})
     return EXIT_OK
 
 
 def run_demo(options: argparse.Namespace) -> int:
     """Do the main job on synthetic data."""
-    console = terminal.make_console(quiet=options.quiet)
+    console, results = _consoles(options)
     view = terminal.TrainingView(console)
     try:
         demo = demo_recipe.run_demo(
             options.dir,
             observer=view,
             tell=console.print,
-            budget_s=to_seconds(options.budget),
+            budget_s=to_seconds(options.budget) if options.budget else None,
             planned=lambda plan: console.print(terminal.plan_table(plan)),
         )
     finally:
@@ -272,19 +292,24 @@ def run_demo(options: argparse.Namespace) -> int:
         console.print("stopped; the same command goes on")
         return EXIT_STOPPED
     title = "Dice on a volume that the run never saw, beside the best grey-value threshold per class"
-    console.print(terminal.score_table(demo.scores, demo.by_threshold, title=title))
+    results.print(terminal.score_table(demo.scores, demo.by_threshold, title=title))
     report = options.dir / "report.html"
     write_report(options.dir / "run", report, options.dir / "scores.json")
-    console.print(f"wrote {options.dir / 'scores.json'} and {report}")
+    results.print(f"wrote {options.dir / 'scores.json'} and {report}")
     _print_json(options, {"scores": msgspec.to_builtins(demo.scores), "by_threshold": demo.by_threshold})
     return EXIT_OK
 
 
-def _plan_difference(options: argparse.Namespace, console: Console) -> int:
+def _consoles(options: argparse.Namespace) -> tuple[Console, Console]:
+    """Return where to say what goes on, which --quiet silences, and where to show results."""
+    return terminal.make_console(quiet=options.quiet), terminal.make_console()
+
+
+def _plan_difference(options: argparse.Namespace, results: Console) -> int:
     a, b = (load_as(path, Plan) for path in options.diff)
     rows = terminal.difference(msgspec.to_builtins(a), msgspec.to_builtins(b))
     rows = [row for row in rows if not row[0].startswith("reasons")]
-    console.print(terminal.difference_table(rows, (str(options.diff[0]), str(options.diff[1]))))
+    results.print(terminal.difference_table(rows, (str(options.diff[0]), str(options.diff[1]))))
     _print_json(options, {field: [x, y] for field, x, y in rows})
     return EXIT_OK
 
@@ -307,35 +332,15 @@ def _cache(options: argparse.Namespace) -> Path:
 
 
 def _tell_cache(options: argparse.Namespace, console: Console) -> None:
-    """Say, at the end, where the code cache is and how large."""
+    """Say, at the end, where the cache is and how large what autoseg wrote there."""
     cache = _cache(options)
     size = 0
-    for folder, _, files in os.walk(cache / "codes"):
-        for name in files:
-            with contextlib.suppress(OSError):
-                size += os.stat(os.path.join(folder, name)).st_size
+    for part in ("codes", "checksums", "em"):
+        for folder, _, files in os.walk(cache / part):
+            for name in files:
+                with contextlib.suppress(OSError):
+                    size += os.stat(os.path.join(folder, name)).st_size
     console.print(f"code cache {cache}, {size / 2**20:.0f} MiB (deleting it is always safe)", style="dim")
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    disable = not console.is_terminal or console.quiet
-    with Progress(*columns, console=console, transient=True, disable=disable) as bar:
-        tasks: dict[str, Any] = {}
-
-        said = time.monotonic()
-
-        def show(what: str, done: int, total: int) -> None:
-            nonlocal said
-            if disable and time.monotonic() - said > terminal.LINES_EVERY_S:
-                console.print(f"{what}: {done} of {total}")
-                said = time.monotonic()
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield show
 
 
 def _print_json(options: argparse.Namespace, value: Any) -> None:

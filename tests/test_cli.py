@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,14 +19,15 @@ import msgspec
 import numpy as np
 import pytest
 import tifffile
-from strategies import child_environment, make_dataset
+from strategies import child_environment, em_path, make_dataset
 from test_planner import cheap_trace, tiny_plan
 
-from autoseg import __version__
+from autoseg import __version__, commands
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
-from autoseg.errors import PlanError
+from autoseg.errors import DataError, PlanError
 from autoseg.plan import hardware, rules_network
+from autoseg.predict import blocks, export
 from autoseg.recipes.training import train_on
 from autoseg.report.terminal import difference
 from autoseg.schema import Plan, load_as, save
@@ -48,6 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shape in (("em", (2, 32, 32)), ("labels", (2, 32, 32)), ("wide", (2, 32, 48))):
         values = rng.integers(0, 2 if name == "labels" else 255, shape).astype(np.uint8)
         tifffile.imwrite(folder / f"{name}.tif", values, photometric="minisblack")
+    (folder / "a-mito-probability.tif").write_bytes(b"precious")
     return folder
 
 
@@ -268,6 +271,37 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         r"c: there is no such checkpoint",
     ),
+    "predict-two-runs": (
+        ("predict", "--run", "a", "--run", "b", "--volume", "v.tif", "--out", "o.tif"),
+        r"argument --run: is given twice, and takes one run at a time: see autoseg predict --help",
+    ),
+    "evaluate-two-runs": (("evaluate", "--run=a", "--ru", "b"), r"argument --run: is given twice"),
+    "plan-two-budgets": (("plan", "--budget", "1m", "--budget", "1m"), r"argument --budget: is given twice"),
+    "predict-onto-the-input": (
+        ("predict", "--run", "{old}/run", "--volume", "{old}/em.tif", "--out", "{old}/em.tif"),
+        r"em\.tif: is the input: choose another --out",
+    ),
+    "predict-onto-a-file": (
+        ("predict", "--run", "{old}/run", "--volume", "{old}/em.tif", "--out", "{old}/labels.tif"),
+        r"labels\.tif: exists: choose another --out, or remove it",
+    ),
+    "predict-onto-a-companion": (
+        ("predict", "--run", "{old}/run", "--volume", "{old}/em.tif", "--out", "{old}/a.tif", "--probabilities"),
+        r"a-mito-probability\.tif: exists",
+    ),
+    "predict-crops-without-crops": (
+        ("predict", "--run", "{old}/run", "--data", "{bare}", "--crops", "1", "--out", "{new}/o.zarr"),
+        r"--crops: .* has no crops: leave it out",
+    ),
+    "evaluate-checkpoint-of-given-labels": (
+        ("evaluate", "--run", "{old}/run", "--pred", "{new}/p.zarr", "--checkpoint", "last"),
+        r"--pred: is scored as it is: leave out --checkpoint and --device",
+    ),
+    "evaluate-device-of-given-labels": (
+        ("evaluate", "--run", "{old}/run", "--pred", "{new}/p.zarr", "--device", "cpu"),
+        r"--pred: is scored as it is",
+    ),
+    "demo-other-budget": (("demo", "{demo}", "--budget", "7s"), r"plan\.json: was planned for .*, not 7: leave out"),
     "evaluate-no-run": (("evaluate",), r"runs: holds no run: train one first"),
     "evaluate-other-classes": (("evaluate", "--run", "{old}/run", "--data", "{new}/none"), r"none: is not a folder"),
     "report-no-run": (("report", "{new}/r"), r"r: .*"),
@@ -288,6 +322,8 @@ def fill(place: Path, tmp_path: Path) -> Callable[[str], str]:
         yield "broken", made / "broken"
         yield "typo", made / "typo.json"
         yield "other", made / "other.json"
+        yield "bare", made / "bare"
+        yield "demo", made / "demo"
 
     places = dict(paths())
 
@@ -296,6 +332,14 @@ def fill(place: Path, tmp_path: Path) -> Callable[[str], str]:
             shutil.copytree(place / "data", places["broken"])
             for attributes in places["broken"].rglob("crop*/*/.zattrs"):
                 attributes.write_text("{")
+        if "{bare}" in text:
+            shutil.copytree(place / "data", places["bare"])
+            shutil.rmtree(places["bare"] / "demo/demo.zarr/recon-1/labels")
+        if "{demo}" in text:
+            for name in ("data", "unseen"):
+                (places["demo"] / name).mkdir(parents=True)
+            plan = msgspec.structs.replace(load_as(place / "plan.json", Plan), budget_s=100.0)
+            save(plan, places["demo"] / "plan.json")
         if "{typo}" in text:
             places["typo"].write_text((place / "plan.json").read_text().replace('"batch_size"', '"bach_size"', 1))
         if "{other}" in text:
@@ -364,6 +408,100 @@ def test_json_is_one_object_on_stdout_and_nothing_else(
     assert json_of("evaluate", "--run", run, "--data", place / "data")["kind"] == "scores"
     imported = json_of("import", "d", "--name", "v", "--em", place / "em.tif", *SIZE)
     assert imported == {"datasets": ["v"], "crops": [], "remarks": []}
+
+
+# ---- what predict leaves behind ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["zarr", "tif", "h5"])
+def test_predict_never_removes_the_users_em_though_it_lies_in_the_cache(
+    place: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(em_path(place / "data", "demo"), "mine/vol")
+    before = files(tmp_path / "mine")
+    assert call("predict", "--run", place / "run", "--volume", "mine/vol", "--out", f"o.{ending}", "--cache", ".") == 0
+    assert files(tmp_path / "mine") == before
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "xdg") == sorted(["mine", f"o.{ending}"])
+
+
+@pytest.mark.parametrize("ending", ["zarr", "tif"])
+def test_the_copy_of_a_file_is_gone_after_success_failure_and_a_stop_and_the_same_command_goes_on(
+    place: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["predict", "--run", place / "run", "--volume", place / "em.tif", "--out", tmp_path / f"o.{ending}"]
+    copies = tmp_path / "xdg/autoseg/em"
+    assert call(*command, "--roi-nm", "9:9", "0:9", "0:9") == 2
+    assert list(copies.iterdir()) == []
+    for error, code in ((KeyboardInterrupt(), 143), (DataError("a", "b", "c"), 2)):
+        with monkeypatch.context() as patch:
+
+            def fail(*_: object, error: BaseException = error) -> str:
+                raise error
+
+            patch.setattr(blocks._RegionWriter, "write", fail)
+            assert call(*command) == code
+        assert list(copies.iterdir()) == []
+    assert call(*command) == 0
+    assert list(copies.iterdir()) == []
+    shutil.rmtree(tmp_path / "xdg")
+    again = call(*command)
+    assert again == (0 if ending == "zarr" else 2), "a zarr is checked and left, a file is not replaced"
+
+
+def test_a_stop_between_two_files_of_an_export_does_not_lock_the_command_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["predict", "--run", place / "run", "--volume", place / "em.tif", "--out", tmp_path / "o.tif"]
+    command.append("--probabilities")
+    genuine, calls = export.write_tiff, list[Path]()
+
+    def write_tiff(path: Path, *rest: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        genuine(path, *rest)
+
+    monkeypatch.setattr(export, "write_tiff", write_tiff)
+    assert call(*command) == 143
+    assert (tmp_path / "o.tif").exists()
+    assert call(*command) == 0
+    assert (tmp_path / "o-pm-probability.tif").exists()
+    assert call(*command) == 2
+
+
+def test_quiet_prints_results_only(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(place / "run", tmp_path / "run")
+
+    def said(*arguments: object) -> str:
+        assert call(*arguments, "--quiet") == 0
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "code cache" not in err
+        return err
+
+    assert "thickness nm" in said("fingerprint", place / "data")
+    assert "0 fields differ" in said("plan", "--diff", place / "plan.json", place / "plan.json")
+    plan = ("--plan", place / "plan.json", "--data", place / "data")
+    assert "done: 2 steps" in said("train", *plan, "--run", run)
+    assert "wrote o.tif" in said("predict", "--run", run, "--volume", place / "em.tif", "--out", "o.tif")
+    table = said("evaluate", "--run", run, "--data", place / "data", "--per-class")
+    assert "precision" in table
+    assert "er_mem" in table
+    assert "imported v" in said("import", "d", "--name", "v", "--em", place / "em.tif", *SIZE)
+
+
+def test_the_size_of_the_cache_is_of_all_that_autoseg_keeps_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("codes", "checksums", "em", "of-the-user"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "x").write_bytes(bytes(2**20))
+    commands._tell_cache(argparse.Namespace(cache=tmp_path), commands.terminal.make_console())
+    assert f"code cache {tmp_path}, 3 MiB" in capsys.readouterr().err
 
 
 # ---- the three bare commands --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from strategies import crop_path, make_dataset
+from strategies import crop_path, em_path, make_dataset
 from test_planner import tiny_plan
 from test_training import StopAt
 
@@ -18,12 +18,15 @@ from autoseg.data import store
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic
 from autoseg.data.codes import open_codes
 from autoseg.data.dataset import open_dataset
+from autoseg.data.em import EmReader, valid_voxels
 from autoseg.errors import DataError, PlanError
 from autoseg.evaluate import Scored, score_labels, summarize
 from autoseg.geometry import Box
+from autoseg.model import windows
+from autoseg.predict import Region, open_run, predict_regions
 from autoseg.recipes.training import split_of, train_on
 from autoseg.recipes.validate import evaluate_run
-from autoseg.schema import ScoreRow, load, save
+from autoseg.schema import ScoreRow, Scores, load, save
 
 NAMES = ("mito", "er_mem", "pm")
 
@@ -254,6 +257,69 @@ def test_given_labels_are_scored_as_they_are_and_missing_ones_are_named(place: P
     write_prediction(tmp_path / "out", "demo/crop2", {"pm": np.ones((2, 32, 64), dtype=np.uint8)})
     with pytest.raises(DataError, match=r"shape \(2, 32, 64\), the crop has \(2, 64, 64\)"):
         evaluate_run(place / "run", second, prediction=tmp_path / "out", cache=place / "cache")
+
+
+def test_an_unfinished_or_gutted_prediction_is_not_scored(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "BLOCK_BYTES", 1)
+    second, out = make_dataset(tmp_path / "data", seed=9, shape=(2, 64, 64)), tmp_path / "out"
+    trained = open_run(place / "run", "last", "cpu")
+    regions = [Region(crop.name, crop.em, crop.grid) for crop in open_dataset(second).crops]
+
+    def evaluate() -> Scores:
+        return evaluate_run(place / "run", second, prediction=out, cache=place / "cache").scores
+
+    predict_regions(trained, regions, out)
+    expected = evaluate()
+    ledger = out / ".autoseg/ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[:-1]))
+    with pytest.raises(DataError, match=f"1 of {len(lines) // 2} blocks of demo/crop2 are missing"):
+        evaluate()
+    predict_regions(trained, regions, out)
+    assert evaluate() == expected
+    for chunk in (out / "demo/crop1").glob("*/s0/[0-9]*"):
+        shutil.rmtree(chunk)
+    with pytest.raises(DataError, match=r"blocks of demo/crop1 are missing.*run the same `autoseg predict` again"):
+        evaluate()
+    shutil.rmtree(out / ".autoseg")
+    assert evaluate() != expected, "labels without a ledger are the user's, and scored as they are"
+
+
+def test_voxels_under_em_that_was_never_fetched_do_not_count(place: Path, tmp_path: Path) -> None:
+    """Training masks them and prediction writes 0 there, so they would all be false negatives."""
+    second = make_dataset(tmp_path / "data", seed=9, shape=(70, 64, 64))
+    for level in em_path(second, "demo").glob("s*"):
+        shutil.rmtree(level / "0", ignore_errors=True)
+    evaluated = evaluate_run(place / "run", second, cache=place / "cache")
+    assert "; 524,288 voxels do not count: the EM under them was never fetched" in evaluated.on  # 2 crops of 64^3
+    for row in evaluated.scores.rows:
+        states = truth_of(second, row.crop, place / "cache")[row.class_][64:]
+        assert row.tp + row.fn == (states == PRESENT).sum()
+    assert sum(row.tp + row.fn for row in evaluated.scores.rows) > 0
+    whole = make_dataset(tmp_path / "whole", seed=9, shape=(2, 64, 64))
+    assert "never fetched" not in evaluate_run(place / "run", whole, cache=place / "cache").on
+
+
+def test_which_voxels_have_em_is_what_the_reader_of_em_says(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path / "data", shape=(8, 130, 130), crops=1)
+    shutil.rmtree(em_path(data, "demo") / "s0/0/1")
+    for level in list(em_path(data, "demo").glob("s[1-9]")):
+        shutil.rmtree(level)
+    (crop,) = open_dataset(data).crops
+    for size in ((40.0, 8.0, 8.0), (40.0, 16.0, 16.0)):
+        grid = crop.grid.at_voxel_size(size)
+        levels = [
+            (level.grid, store.ArrayReader(level.path, store.ChunkCache(0)))
+            for level in store.open_multiscale(crop.em).levels_for(size)
+        ]
+        found = valid_voxels(levels, grid)
+        _, expected = EmReader(crop.em, size, "dtype", store.ChunkCache(0)).read(grid)
+        assert found is not None
+        assert expected is not None
+        assert np.array_equal(found, expected)
+        assert 0.3 < found.mean() < 0.7
 
 
 def test_data_without_any_class_of_the_plan_is_refused(place: Path, tmp_path: Path) -> None:

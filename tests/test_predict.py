@@ -20,15 +20,17 @@ from test_planner import tiny_plan
 from autoseg.data import store
 from autoseg.data.classes import cellmap_table
 from autoseg.data.dataset import open_dataset
-from autoseg.errors import CheckpointError, DataError
+from autoseg.errors import CheckpointError, DataError, PlanError
 from autoseg.geometry import Box, Grid
 from autoseg.model import windows
 from autoseg.predict import (
     Region,
     Trained,
     blocks,
+    check_finished,
     crop_regions,
     cut_roi,
+    drop_copy,
     export_labels,
     file_region,
     open_run,
@@ -37,7 +39,8 @@ from autoseg.predict import (
 )
 from autoseg.predict.decode import label_map, to_labels
 from autoseg.recipes.training import train_on
-from autoseg.schema import ClassEntry
+from autoseg.schema import ClassEntry, Plan, load_as
+from autoseg.train.loop import device_of
 
 NAMES = tuple(entry.name for entry in cellmap_table().classes if entry.name in ("mito", "er_mem", "pm"))
 
@@ -139,10 +142,64 @@ def test_every_line_of_the_ledger_is_the_checksum_of_its_block(place: Path, trai
     assert len(expected) > 4
 
 
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("kind", ["labels", "probabilities", "damaged", "cut"])
+def test_what_is_no_longer_on_disk_is_predicted_again(
+    place: Path, trained: Trained, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, one = tmp_path / "out", region(place)
+    predict_regions(trained, [one], out, probabilities=True)
+    check_finished(out, one.name)
+    before, genuine, calls = snapshot(out), blocks._RegionWriter.write, list[Box]()
+
+    def write(self: Any, block: Box) -> str:
+        calls.append(block)
+        return genuine(self, block)
+
+    monkeypatch.setattr(blocks._RegionWriter, "write", write)
+    predict_regions(trained, [one], out, probabilities=True)
+    assert calls == []
+    array = out / one.name / ("probabilities/pm" if kind == "probabilities" else "mito") / "s0"
+    chunks = sorted(p for p in array.rglob("*") if p.is_file() and not p.name.startswith("."))
+    hit = chunks[:1] if kind in ("damaged", "cut") else chunks
+    for chunk in hit:
+        if kind == "damaged":
+            chunk.write_bytes(b"not a chunk")
+        elif kind == "cut":
+            chunk.write_bytes(chunk.read_bytes()[:-5])
+        else:
+            chunk.unlink()
+    with pytest.raises(DataError, match=rf"out: {len(hit)} of \d+ blocks of demo/crop1 are missing.*autoseg predict"):
+        check_finished(out, one.name)
+    predict_regions(trained, [one], out, probabilities=True)
+    assert len(calls) == len(hit) > 0
+    assert snapshot(out) == before
+    check_finished(out, one.name)
+
+
+def test_chunks_of_resampled_outputs_are_near_64_cubed_and_blocks_fit_the_memory(
+    place: Path, trained: Trained, tmp_path: Path
+) -> None:
+    em = region(place).em
+    for shape, size in (
+        ((49, 592, 1184), (40.0, 6.0, 6.0)),
+        ((300, 700, 700), (16.0, 4.0, 4.0)),
+        ((300, 700, 700), (80.0, 16.0, 16.0)),
+        ((1, 5000, 5000), (40.0, 4.0, 4.0)),
+    ):
+        grid = Grid(shape, size, (0.0, 0.0, 0.0))
+        writer = blocks._RegionWriter(trained, Region("", em, grid), tmp_path, False)
+        chunk = blocks._chunk_shape(writer.block_zyx, shape)
+        assert 2**16 <= np.prod(chunk) <= 2**20, (shape, chunk)
+        assert 4 * len(NAMES) * np.prod(writer.block_zyx) <= windows.BLOCK_BYTES
+        assert min(writer.block_zyx[1:]) >= 64, "no smaller than the tile that it needs"
+
+
 def test_blocks_never_share_a_chunk(place: Path, trained: Trained, tmp_path: Path) -> None:
     for size in ((40.0, 8.0, 8.0), (50.0, 6.0, 7.0), (40.0, 16.0, 16.0)):
         grid = Grid((3, 150, 130), size, (0.0, 0.0, 0.0))
         writer = blocks._RegionWriter(trained, Region("", region(place).em, grid), tmp_path / str(size), False)
+        writer.open_arrays()
         for block in writer.blocks():
             for start, edge, whole, chunk in zip(
                 block.start, block.shape_zyx, grid.shape_zyx, writer.arrays["mito"].chunks, strict=True
@@ -233,6 +290,7 @@ def test_a_file_goes_in_and_a_file_of_the_same_shape_comes_out(
             file["raw"] = em
         spec += ":raw"
     one = file_region(trained.plan, spec, tmp_path / "scratch")
+    assert one.copy_of is not None
     assert one.grid.shape_zyx == em.shape
     assert one.grid.voxel_size_nm == trained.plan.em_voxel_size_nm, "a file that declares none has the plan's"
     predict_regions(trained, [one], tmp_path / "z", probabilities=True)
@@ -273,7 +331,7 @@ def test_em_without_crops_is_predicted_whole(place: Path, trained: Trained, tmp_
     data = shutil.copytree(place / "data", tmp_path / "bare")
     shutil.rmtree(data / "demo/demo.zarr/recon-1/labels")
     dataset = open_dataset(data)
-    (one,) = volume_regions(trained.plan, dataset)
+    (one,) = volume_regions(dataset)
     assert one.grid.shape_zyx == (4, 64, 128)
     predict_regions(trained, [one], tmp_path / "out")
     whole = labels(tmp_path / "out/demo")
@@ -319,6 +377,24 @@ def test_an_output_of_other_em_or_another_box_is_refused(place: Path, trained: T
     predict_regions(trained, [first], tmp_path / "out")
 
 
+def test_an_output_of_a_file_is_finished_after_its_copy_is_gone_and_refused_after_the_file_changed(
+    trained: Trained, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "em.tif", tmp_path / "out"
+    tifffile.imwrite(file, np.full((2, 32, 40), 90, dtype=np.uint8), photometric="minisblack")
+    first, second = (file_region(trained.plan, str(file), tmp_path / name) for name in ("a", "b"))
+    predict_regions(trained, [first], out)
+    drop_copy(first)
+    assert list((tmp_path / "a").iterdir()) == []
+    predict_regions(trained, [second], out)
+    tifffile.imwrite(file, np.full((2, 32, 40), 91, dtype=np.uint8), photometric="minisblack")
+    with pytest.raises(CheckpointError, match="begun from other EM"):
+        predict_regions(trained, [file_region(trained.plan, str(file), tmp_path / "a")], out)
+    own = file_region(trained.plan, str(second.em), tmp_path / "a")
+    drop_copy(own)
+    assert own.em.is_dir(), "a zarr is the user's own, wherever it lies"
+
+
 def test_more_crops_can_be_added_to_an_output(place: Path, trained: Trained, tmp_path: Path) -> None:
     predict_regions(trained, [region(place, 1)], tmp_path / "out")
     predict_regions(trained, [region(place, 1), region(place, 2)], tmp_path / "out")
@@ -342,13 +418,22 @@ def test_a_folder_that_is_no_run_or_has_no_such_checkpoint_is_refused(place: Pat
     assert open_run(broken, "last").checkpoint.startswith("last (step 40")
 
 
-@pytest.mark.parametrize("device", ["quantum", "meta"])
+@pytest.mark.parametrize("device", ["quantum", "meta", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused(place: Path, device: str) -> None:
-    with pytest.raises(CheckpointError, match=f"--device {device}: .*use auto, cpu or cuda"):
+    with pytest.raises(PlanError, match=f"--device {device}: .*use "):
         open_run(place / "run", "last", device)
-    if not torch.cuda.is_available():
-        with pytest.raises(CheckpointError, match="no GPU"):
-            open_run(place / "run", "last", "cuda")
+
+
+def test_training_and_prediction_choose_a_device_by_one_rule(place: Path) -> None:
+    plan = load_as(place / "run/plan.json", Plan)
+    assert windows.find_device("auto", plan).type == plan.device == "cpu"
+    half = msgspec.structs.replace(plan, precision="fp16", device="cuda")
+    for find in (windows.find_device, device_of):
+        with pytest.raises(PlanError, match="fp16, which the CPU lacks"):
+            find("cpu", half)
+        if not torch.cuda.is_available():
+            with pytest.raises(PlanError, match="planned for a GPU, and there is none here: use --device cpu"):
+                find("auto", half)
 
 
 def test_prediction_uses_the_averaged_weights(place: Path, trained: Trained) -> None:

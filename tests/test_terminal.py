@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_planner import facts, tiny_facts_plan
 
+from autoseg.evaluate import summarize
 from autoseg.report import terminal
 from autoseg.report.terminal import plan_summary, plan_table
-from autoseg.schema import ClassCount, ClassShape, Outcome, Quantiles
+from autoseg.schema import ClassCount, ClassShape, Outcome, Quantiles, ScoreRow
 
 
 def test_the_summary_of_a_plan_says_what_is_trained_and_how_long() -> None:
@@ -39,6 +40,20 @@ def test_the_table_of_a_plan_shows_each_reason_with_its_source() -> None:
     for reason in plan.reasons[:5]:
         assert reason.field in text
         assert f"({reason.source})" in " ".join(text.split())
+
+
+def test_brackets_and_colons_of_paths_and_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = summarize([ScoreRow(crop="a/crop1", class_="[/er]", tp=1, fp=0, fn=0)], "m")
+    console = terminal.make_console()
+    console.print("wrote runs/[v2]/x [/x] :warning:")
+    console.print(terminal.score_table(scores, title="runs/[v2] on [/data]"))
+    console.print(terminal.change_table(scores, scores, "against [/old]"))
+    with terminal.progress(console) as progress:
+        progress("[/crop]", 1, 2)
+    text = capsys.readouterr().err
+    assert "wrote runs/[v2]/x [/x] :warning:" in text
+    for name in ("runs/[v2] on [/data]", "[/er]", "against [/old]"):
+        assert name in text
 
 
 @given(st.integers(0, 10**15))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from test_planner import tiny_facts_plan
 from torch import Tensor, nn
 
-from autoseg.geometry import Box, VoxelsZYX, blocks
+from autoseg.geometry import Box, VoxelsZYX, blocks, tiles
 from autoseg.model.networks import build_network
 from autoseg.model.windows import Predictor
 from autoseg.schema import Plan
@@ -185,6 +186,37 @@ def test_only_the_tiles_that_touch_a_block_are_computed() -> None:
     volume, shape = Volume((1, 32, 320)), (1, 32, 320)
     predictor(plan_with(), Pointwise()).predict(volume.read, shape, Box((0, 0, 0), (1, 32, 8)))
     assert 1 <= volume.reads <= 6
+
+
+@given(
+    st.sampled_from([BASE, SOLID]),
+    st.tuples(st.integers(1, 30), st.integers(1, 120), st.integers(1, 120)),
+    st.sampled_from([0.0, 0.25, 0.5]),
+    st.data(),
+)
+def test_the_tiles_of_a_block_are_those_of_a_walk_over_the_whole_region(
+    base: Plan, shape: VoxelsZYX, overlap: float, data: st.DataObject
+) -> None:
+    one = predictor(plan_with(base, overlap=overlap), Pointwise())
+    start = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True))
+    block = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    margin, edges = one._margin(), one.tile(shape)
+    walk = []
+    for t in tiles(Box.whole(shape).grow(margin).shape_zyx, edges, overlap):
+        z, y, x = (a - m for a, m in zip(t.start, margin, strict=True))
+        tile = Box((z, y, x), (z + edges[0], y + edges[1], x + edges[2]))
+        if tile.clip(block).num_voxels:
+            walk.append(tile.start)
+    assert list(itertools.product(*one._starts(shape, block))) == walk
+
+
+def test_a_block_of_a_vast_region_needs_no_walk_over_it() -> None:
+    """There are 10^11 tiles."""
+    one = predictor(plan_with(SOLID), Pointwise())
+    shape, block = (40_000, 80_000, 80_000), Box((3, 3, 3), (5, 9, 9))
+    found = one.predict(lambda box: np.zeros((1, *box.shape_zyx), dtype=np.float32), shape, block)
+    assert found.shape == (2, 2, 6, 6)
 
 
 @pytest.mark.parametrize("base", [BASE, SOLID])

@@ -179,3 +179,15 @@ def read_input(
     if valid is not None:
         valid = valid[reach : valid.shape[0] - reach]
     return (grey[:, None] if reach else grey[None]), valid
+
+
+def valid_voxels(levels: Sequence[tuple[Grid, store.ArrayReader]], grid: Grid) -> NDArray[np.bool_] | None:
+    """Return which voxels of `grid` lie in stored chunks of the level that `EmReader` would read; None for all."""
+    (level_grid, array), share = stored_level(levels, grid)
+    if share == 1:
+        return None
+    box = level_grid.covering(grid)
+    stored = array.stored_mask(box)
+    if grid.aligned_with(level_grid) is not None:
+        return stored
+    return resample(stored.astype(np.float32), level_grid.crop(box), grid, area=True) > 0.5

@@ -12,6 +12,7 @@ order. So a voxel has the same value however the region is cut into blocks::
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from monai.utils.enums import BlendMode
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoseg.geometry import Box, VoxelsZYX, blocks, tiles
+from autoseg.errors import PlanError
+from autoseg.geometry import Box, VoxelsZYX, blocks, tile_starts
 from autoseg.model.networks import smallest_patch
 from autoseg.schema import Plan
 
@@ -65,17 +67,18 @@ class Predictor(NamedTuple):
         z, y, x = smallest_patch(self.plan.network)
         return (0 if self.plan.sliding_window.tile_zyx[0] == 1 else z), y, x
 
-    def _layout(self, shape_zyx: VoxelsZYX) -> Iterator[Box]:
-        """Yield every tile of a region, whole, in raster order; the outer ones reach beyond it."""
-        margin, tile = self._margin(), self.tile(shape_zyx)
-        padded = Box.whole(shape_zyx).grow(margin).shape_zyx
-        for t in tiles(padded, tile, self.plan.sliding_window.overlap):
-            z, y, x = (a - m for a, m in zip(t.start, margin, strict=True))
-            yield Box((z, y, x), (z + tile[0], y + tile[1], x + tile[2]))
+    def _starts(self, shape_zyx: VoxelsZYX, block: Box) -> list[list[int]]:
+        """Return for each axis where the tiles of a region start that touch `block`; the outer ones reach beyond it."""
+        overlap = self.plan.sliding_window.overlap
+        axes = zip(shape_zyx, self._margin(), self.tile(shape_zyx), *block, strict=True)
+        return [
+            [s - m for s in tile_starts(n + 2 * m, tile, overlap) if a < s - m + tile and s - m < b]
+            for n, m, tile, a, b in axes
+        ]
 
     def num_tiles(self, shape_zyx: VoxelsZYX) -> int:
         """Return the number of tiles of a region."""
-        return sum(1 for _ in self._layout(shape_zyx))
+        return math.prod(len(starts) for starts in self._starts(shape_zyx, Box.whole(shape_zyx)))
 
     def one_batch(self, shape_zyx: VoxelsZYX) -> Box:
         """Return a box in the corner of a region that one batch of tiles covers, one tile if tiles are deep."""
@@ -94,7 +97,8 @@ class Predictor(NamedTuple):
         importance = compute_importance_map(tile, mode=BlendMode.GAUSSIAN, sigma_scale=0.125).clamp(min=1e-3)
         total = torch.zeros((len(self.plan.class_names), *block.shape_zyx))
         weight = torch.zeros(block.shape_zyx)
-        needed = (t for t in self._layout(shape_zyx) if t.clip(block).num_voxels)
+        starts = itertools.product(*self._starts(shape_zyx, block))
+        needed = (Box((z, y, x), (z + tile[0], y + tile[1], x + tile[2])) for z, y, x in starts)
         while batch := list(itertools.islice(needed, self.plan.sliding_window.batch_size)):
             image = torch.from_numpy(np.stack([read(t) for t in batch]))
             for t, probability in zip(batch, self._forward(image), strict=True):
@@ -138,6 +142,26 @@ def _mirror_image(image: Tensor, axes: list[int]) -> Tensor:
     if 2 in axes and image.shape[1] > 1:
         image = image.flip(1)
     return image.flip(axes)
+
+
+def find_device(name: str, plan: Plan) -> torch.device:
+    """Return the device of that name, for training and prediction alike; `auto` is the one the plan was made for.
+
+    PlanError if it is not here, or cannot compute in the plan's precision.
+    """
+    wanted = plan.device if name == "auto" else name
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise PlanError(f"--device {wanted}", "is not a device", "use auto, cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise PlanError(f"--device {wanted}", "is not supported", "use auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        where, what = (plan.name, "was planned for a GPU, and ") if name == "auto" else (f"--device {name}", "")
+        raise PlanError(where, f"{what}there is none here", "use --device cpu")
+    if device.type == "cpu" and plan.precision == "fp16":
+        raise PlanError(plan.name, "was planned for fp16, which the CPU lacks", "use a GPU, or plan for this machine")
+    return device
 
 
 def autocast(plan: Plan, device: torch.device) -> torch.autocast:

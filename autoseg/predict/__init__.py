@@ -1,17 +1,22 @@
 """USING IT: a RUN and EM become labels."""
 
-from autoseg.predict.blocks import Trained, open_run, predict_regions
-from autoseg.predict.export import export_labels
-from autoseg.predict.volumes import Region, crop_regions, cut_roi, file_region, volume_regions
+from autoseg.predict.blocks import Trained, check_finished, open_run, predict_regions
+from autoseg.predict.export import TIFF_ENDINGS, export_labels, refuse_existing, zarr_of
+from autoseg.predict.volumes import Region, crop_regions, cut_roi, drop_copy, file_region, volume_regions
 
 __all__ = [
+    "TIFF_ENDINGS",
     "Region",
     "Trained",
+    "check_finished",
     "crop_regions",
     "cut_roi",
+    "drop_copy",
     "export_labels",
     "file_region",
     "open_run",
     "predict_regions",
+    "refuse_existing",
     "volume_regions",
+    "zarr_of",
 ]

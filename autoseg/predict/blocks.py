@@ -1,6 +1,10 @@
 """RUN + EM -> labels: each block reads EM and its surroundings, blends inside, and writes its own voxels once.
 
-A ledger beside the output says which blocks are done; the same command on an existing output does the rest.
+A ledger beside the output says which blocks are done, and the sha256 of each; the same command on an existing output
+does the rest, and what is no longer on disk as the ledger says::
+
+    OUT/.autoseg/prediction.json    which run, checkpoint and options          ledger.jsonl   a line for each block
+                 region-*.json      which voxels of which EM, in which blocks
 """
 
 from __future__ import annotations
@@ -21,17 +25,18 @@ from numpy.typing import NDArray
 from autoseg.data import store
 from autoseg.data.em import EmReader, read_input
 from autoseg.data.resample import resample
-from autoseg.errors import CheckpointError
+from autoseg.errors import CheckpointError, DataError
 from autoseg.geometry import Box, VoxelsZYX, blocks
-from autoseg.model import checkpoint
+from autoseg.model import checkpoint, windows
 from autoseg.model.networks import build_network
-from autoseg.model.windows import Predictor
+from autoseg.model.windows import Predictor, find_device
 from autoseg.predict.decode import to_labels
 from autoseg.predict.volumes import Region
-from autoseg.schema import Plan, TunedDecode, load_as, write_atomically
+from autoseg.schema import Plan, TunedDecode, load_as, read_json_lines, write_atomically
 
 CACHE_BYTES = 256 * 2**20
-LEDGER = ".autoseg"
+LEDGER, LEDGER_VERSION = ".autoseg", 2
+SMALLEST_EDGE = 16
 Progress = Callable[[str, int, int], None]
 
 
@@ -60,12 +65,17 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     plan, tuned = _tuned(plan, header.decode)
     network = build_network(plan)
     checkpoint.load_weights(network, folder / checkpoint.WEIGHTS)
-    target = _device(device)
+    target = find_device(device, plan)
     if target.type == "cpu":
         torch.set_num_threads(min(plan.num_threads, os.cpu_count() or 1))
     layout = torch.channels_last if plan.patch_size_zyx[0] == 1 else torch.contiguous_format
     network = network.to(target, memory_format=layout).eval()  # type: ignore[call-overload]
-    made_by = (header.plan_sha256, sorted(header.sha256.items()), sorted(plan.decode.thresholds.items()))
+    made_by = (
+        LEDGER_VERSION,
+        header.plan_sha256,
+        sorted(header.sha256.items()),
+        sorted(plan.decode.thresholds.items()),
+    )
     identity = hashlib.sha256(repr(made_by).encode()).hexdigest()
     return Trained(Predictor(network, plan, target), f"{which} (step {header.step}{tuned})", identity)
 
@@ -78,15 +88,6 @@ def _tuned(plan: Plan, tuned: TunedDecode | None) -> tuple[Plan, str]:
     return msgspec.structs.replace(plan, decode=decode), ", tuned thresholds"
 
 
-def _device(name: str) -> torch.device:
-    """Return the device of that name; auto is the GPU where there is one."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise CheckpointError(f"--device {name}", "is not a device that predicts", "use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("--device cuda", "there is no GPU here", "use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def predict_regions(
     trained: Trained,
     regions: Sequence[Region],
@@ -96,21 +97,26 @@ def predict_regions(
     checksums: store.Checksums | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> None:
-    """Write the labels of every region into the zarr `out`; what its ledger lists is not done again.
+    """Write the labels of every region into the zarr `out`; blocks that are on disk as its ledger says are left.
 
     EM of which `checksums` were recorded must have them.
     """
     _claim(trained, out, probabilities)
     for region in regions:
-        _claim_region(out, region)
         writer = _RegionWriter(trained, region, out / region.name, probabilities, checksums)
-        done = _done_blocks(out, region.name)
+        _claim_region(out, region, writer.block_zyx)
+        writer.open_arrays()
+        done, stored = _read_ledger(out), _Stored(list(writer.folders.values()))
         todo = list(writer.blocks())
         for number, block in enumerate(todo):
             progress(region.name or "volume", number, len(todo))
             key = f"{region.name} {block.start}"
-            if key not in done:
-                _record(out, key, writer.write(block))
+            if key in done and done[key] == stored.digest(block):
+                continue
+            stored.remove(block)
+            digest = writer.write(block)
+            stored.flush(block)
+            _record(out, key, digest)
         progress(region.name or "volume", len(todo), len(todo))
         writer.finish()
         store.make_groups(out, out / region.name)
@@ -137,7 +143,13 @@ class _RegionWriter:
         self.folders = {name: folder / name for name in self.names}
         if probabilities:
             self.folders |= {f"{name} probability": folder / "probabilities" / name for name in self.names}
-        self.block_zyx = self._block_shape()
+        same = self.network_grid == self.grid
+        first = next(iter(self.predictor.blocks(self.grid.shape_zyx))).shape_zyx if same else None
+        self.block_zyx = first or self._resampled_block()
+        self.arrays: dict[str, Any] = {}
+
+    def open_arrays(self) -> None:
+        """Create the arrays of all classes, or open those that are there."""
         chunk = _chunk_shape(self.block_zyx, self.grid.shape_zyx)
         self.arrays = {key: self._array(path / "s0", chunk) for key, path in self.folders.items()}
 
@@ -145,35 +157,44 @@ class _RegionWriter:
         exists = (path / ".zarray").exists()
         return store.open_for_update(path) if exists else store.create_array(path, self.grid.shape_zyx, np.uint8, chunk)
 
-    def _block_shape(self) -> VoxelsZYX:
-        """Return the predictor's block, in voxels of the output."""
-        first = next(iter(self.predictor.blocks(self.network_grid.shape_zyx)))
-        z, y, x = (
-            n if n == whole else max(1, round(n * v / w))
-            for n, whole, v, w in zip(
-                first.shape_zyx,
-                self.network_grid.shape_zyx,
-                self.network_grid.voxel_size_nm,
-                self.grid.voxel_size_nm,
-                strict=True,
-            )
-        )
-        same = self.network_grid == self.grid
-        return (z, y, x) if same else (z, -(-y // 16) * 16, -(-x // 16) * 16)
+    def _resampled_block(self) -> VoxelsZYX:
+        """Return a block, in voxels of the output, of whole chunks: what a tile covers, enlarged as memory allows.
+
+        Depth comes first: neighbouring sections share the coarse ones that they are interpolated from.
+        """
+        whole, coarse = self.grid.shape_zyx, self.network_grid
+        ratio = [v / w for v, w in zip(coarse.voxel_size_nm, self.grid.voxel_size_nm, strict=True)]
+        tile = self.predictor.tile(coarse.shape_zyx)
+        edge = [1 if t == 1 else store.CHUNK_EDGE for t in tile]
+        block = [math.ceil(t * r / e) * e for t, r, e in zip(tile, ratio, edge, strict=True)]
+
+        def fits(shape: list[int]) -> bool:
+            fine = [min(b, n) for b, n in zip(shape, whole, strict=True)]
+            read = [min(math.ceil(b / r) + 3, n) for b, r, n in zip(fine, ratio, coarse.shape_zyx, strict=True)]
+            return 4 * len(self.names) * (math.prod(fine) + math.prod(read)) <= windows.BLOCK_BYTES
+
+        while not fits(block) and max(block) > SMALLEST_EDGE:
+            axis = block.index(max(block))
+            block[axis] = math.ceil(block[axis] / 2 / SMALLEST_EDGE) * SMALLEST_EDGE
+        for axis, limit in ((0, store.CHUNK_EDGE), (2, whole[2]), (1, whole[1]), (0, whole[0])):
+            while block[axis] < limit and fits(larger := [b * (1 + (i == axis)) for i, b in enumerate(block)]):
+                block = larger
+        z, y, x = (min(b, n) for b, n in zip(block, whole, strict=True))
+        return z, y, x
 
     def blocks(self) -> Iterator[Box]:
         """Yield the blocks in raster order; together they are the region."""
         return blocks(self.grid.shape_zyx, self.block_zyx)
 
     def write(self, block: Box) -> str:
-        """Predict and write one block; return the sha256 of its labels."""
+        """Predict and write one block; return the sha256 of its labels, then probabilities if they are written."""
         probability = self._probability(block)
-        labels = to_labels(probability, self.thresholds)
-        for k, name in enumerate(self.names):
-            self.arrays[name][block.slices] = labels[k]
-            if f"{name} probability" in self.arrays:
-                self.arrays[f"{name} probability"][block.slices] = np.rint(probability[k] * 255).astype(np.uint8)
-        return hashlib.sha256(labels.tobytes()).hexdigest()
+        voxels = to_labels(probability, self.thresholds)
+        if len(self.arrays) > len(self.names):
+            voxels = np.concatenate([voxels, np.rint(probability * 255).astype(np.uint8)])
+        for array, values in zip(self.arrays.values(), voxels, strict=True):
+            array[block.slices] = values
+        return hashlib.sha256(voxels.tobytes()).hexdigest()
 
     def _probability(self, block: Box) -> NDArray[np.float32]:
         """Return probabilities (classes, z, y, x) on the output's grid; 0 where there is no EM."""
@@ -201,33 +222,97 @@ class _RegionWriter:
             store.make_groups(self.folder, path)
 
 
+class _Stored:
+    """What is on disk of some classes, block by block."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._readers = [store.ArrayReader(folder / "s0", store.ChunkCache(0)) for folder in folders]
+
+    def digest(self, block: Box) -> str | None:
+        """Return the sha256 of the voxels of a block, class by class; None if one cannot be read."""
+        digest = hashlib.sha256()
+        try:
+            for reader in self._readers:
+                digest.update(reader.read(block).tobytes())
+        except DataError:
+            return None
+        return digest.hexdigest()
+
+    def remove(self, block: Box) -> None:
+        """Remove the chunks of a block, of which a damaged one could not be updated."""
+        for path in self._files(block):
+            path.unlink(missing_ok=True)
+
+    def flush(self, block: Box) -> None:
+        """Wait until the chunks of a block are on the disk."""
+        for path in filter(Path.exists, self._files(block)):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _files(self, block: Box) -> Iterator[Path]:
+        for reader in self._readers:
+            for unit in store.units_of(reader.layout, block.start, block.stop):
+                yield reader.path / reader.layout.file_name(unit)
+
+
+def check_finished(out: Path, name: str) -> None:
+    """Raise DataError unless the labels of a region are on disk as the ledger beside them says; without one, pass."""
+    ledger = out / LEDGER
+    claimed = _region_file(out, name)
+    if not claimed.is_file():
+        return
+    prediction, region = json.loads((ledger / "prediction.json").read_text()), json.loads(claimed.read_text())
+    kinds = ("", "probabilities") if prediction["probabilities"] else ("",)
+    stored = _Stored([out / name / kind / entry for kind in kinds for entry in prediction["classes"]])
+    done = _read_ledger(out)
+    todo = list(blocks(tuple(region["grid"][0]), tuple(region["block_zyx"])))
+    missing = [block for block in todo if done.get(f"{name} {block.start}", "") != stored.digest(block)]
+    if missing:
+        what = (
+            f"{len(missing)} of {len(todo)} blocks of {name or 'its volume'} are missing or not as they were predicted"
+        )
+        remedy = f"run the same `autoseg predict` again, or remove {ledger} if you changed the labels yourself"
+        raise DataError(out, what, remedy)
+
+
 def _chunk_shape(block_zyx: VoxelsZYX, shape_zyx: VoxelsZYX) -> VoxelsZYX:
-    """Return chunks that blocks never share: they divide the block, or the block spans the axis."""
-    z, y, x = (
-        min(n, store.CHUNK_EDGE) if b >= n else math.gcd(b, store.CHUNK_EDGE)
-        for b, n in zip(block_zyx, shape_zyx, strict=True)
-    )
-    return z, y, x
+    """Return chunks that blocks never share: they divide the block, or the block spans the axis.
+
+    Where they are thin they are wider in the plane.
+    """
+    edge = store.CHUNK_EDGE
+
+    def along(axis: int, edge: int) -> int:
+        block, whole = block_zyx[axis], shape_zyx[axis]
+        return min(whole, edge) if block >= whole else math.gcd(block, edge)
+
+    z = along(0, edge)
+    plane = edge * math.isqrt(edge // z)
+    return z, along(1, plane), along(2, plane)
 
 
 def _claim(trained: Trained, out: Path, probabilities: bool) -> None:
     """Mark a new output with what makes it; refuse one that something else made."""
     path = out / LEDGER / "prediction.json"
     identity = {"identity": trained.identity, "checkpoint": trained.checkpoint, "probabilities": probabilities}
+    identity["classes"] = list(trained.plan.class_names)
     if path.is_file():
         if json.loads(path.read_text()) != identity:
             raise CheckpointError(out, "was begun by another run, checkpoint or option", "choose another --out")
+        _end_torn_line(out / LEDGER / "ledger.jsonl")
         return
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(out, "exists and is not a prediction of autoseg", "choose another --out")
     write_atomically(path, json.dumps(identity).encode())
 
 
-def _claim_region(out: Path, region: Region) -> None:
+def _claim_region(out: Path, region: Region, block_zyx: VoxelsZYX) -> None:
     """Mark which voxels of which EM a region is; refuse others, whose blocks the ledger would call done."""
-    path = out / LEDGER / f"region-{hashlib.sha256(region.name.encode()).hexdigest()[:16]}.json"
-    written = os.stat(region.em / ".zattrs").st_mtime_ns if (region.em / ".zattrs").exists() else 0
-    identity = json.dumps({"em": str(region.em.resolve()), "written": written, "grid": region.grid})
+    path = _region_file(out, region.name)
+    attributes = region.em / ".zattrs"
+    written = os.stat(attributes).st_mtime_ns if region.copy_of is None and attributes.exists() else 0
+    em = region.copy_of or str(region.em.resolve())
+    identity = json.dumps({"em": em, "written": written, "grid": region.grid, "block_zyx": block_zyx})
     if not path.is_file():
         write_atomically(path, identity.encode())
     elif path.read_text() != identity:
@@ -235,15 +320,20 @@ def _claim_region(out: Path, region: Region) -> None:
         raise CheckpointError(out, what, "choose another --out")
 
 
-def _done_blocks(out: Path, region: str) -> set[str]:
-    path = out / LEDGER / "ledger.jsonl"
-    done = set()
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            done.add(str(json.loads(line)["block"]))
-        except (ValueError, KeyError):
-            continue
-    return {key for key in done if key.startswith(f"{region} ")}
+def _region_file(out: Path, name: str) -> Path:
+    return out / LEDGER / f"region-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+
+
+def _read_ledger(out: Path) -> dict[str, str]:
+    """Return the sha256 of each block, by its key; a later line replaces an earlier one."""
+    lines = read_json_lines(out / LEDGER / "ledger.jsonl")
+    return {str(line.get("block")): str(line.get("sha256")) for line in lines}
+
+
+def _end_torn_line(ledger: Path) -> None:
+    if ledger.is_file() and ledger.read_bytes()[-1:] not in (b"", b"\n"):
+        with ledger.open("a") as file:
+            file.write("\n")
 
 
 def _record(out: Path, key: str, digest: str) -> None:

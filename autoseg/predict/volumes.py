@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import os
 import shutil
 import tempfile
@@ -20,11 +20,15 @@ from autoseg.schema import Plan, Split
 
 
 class Region(NamedTuple):
-    """A box of one EM volume to predict; `name` is the folder of its labels in the output, "" for a volume."""
+    """A box of one EM volume to predict; `name` is the folder of its labels in the output, "" for a volume.
+
+    `copy_of` says which state of which file `em` is a scratch copy of; None if `em` is the user's own.
+    """
 
     name: str
     em: Path
     grid: Grid
+    copy_of: str | None = None
 
 
 def crop_regions(split: Split, dataset: Dataset, which: str) -> list[Region]:
@@ -47,7 +51,7 @@ def crop_regions(split: Split, dataset: Dataset, which: str) -> list[Region]:
     return [Region(crop.name, crop.em, crop.grid) for crop in chosen]
 
 
-def volume_regions(plan: Plan, dataset: Dataset) -> list[Region]:
+def volume_regions(dataset: Dataset) -> list[Region]:
     """Return the EM volumes of a data set without crops, whole."""
     found = [Region(name, em, store.open_multiscale(em).levels[0].grid) for name, em in dataset.volumes.items()]
     if not found:
@@ -56,9 +60,10 @@ def volume_regions(plan: Plan, dataset: Dataset) -> list[Region]:
 
 
 def file_region(plan: Plan, spec: str, scratch: Path) -> Region:
-    """Return the EM of a zarr group, or of a TIFF, HDF5, NIfTI, npy or PNG file brought into `scratch` first.
+    """Return the EM of a zarr group, or of a TIFF, HDF5, NIfTI, npy or PNG file copied into `scratch` first.
 
-    A file that declares no voxel size is taken to have that of the EM the plan was made for.
+    A file that declares no voxel size is taken to have that of the EM the plan was made for. The copy belongs to
+    the caller alone, who removes it when done (`drop_copy`): it is cheap to make again beside the prediction.
     """
     path = Path(spec)
     if path.is_dir():
@@ -66,17 +71,27 @@ def file_region(plan: Plan, spec: str, scratch: Path) -> Region:
         return Region("", group, store.open_multiscale(group).levels[0].grid)
     with open_volume(spec) as volume:
         voxel_size = volume.voxel_size_nm or plan.em_voxel_size_nm
-        group = scratch / _key(spec, voxel_size)
-        if not (group / ".zattrs").exists():
-            scratch.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=scratch))
-            try:
-                write_em(volume, temporary / "em", voxel_size)
-                shutil.rmtree(group, ignore_errors=True)
-                (temporary / "em").rename(group)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return Region("", group, store.open_multiscale(group).levels[0].grid)
+        scratch.mkdir(parents=True, exist_ok=True)
+        copy = Path(tempfile.mkdtemp(prefix="em-", dir=scratch))
+        try:
+            write_em(volume, copy, voxel_size)
+            return Region("", copy, store.open_multiscale(copy).levels[0].grid, _identity(spec, voxel_size))
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
+
+
+def drop_copy(region: Region) -> None:
+    """Remove the EM of a region if it is a copy that `file_region` made, never the user's own."""
+    if region.copy_of is not None:
+        shutil.rmtree(region.em, ignore_errors=True)
+
+
+def files_of(spec: str) -> list[Path]:
+    """Return the files that FILE, FILE:key or a glob names; none if they are not there."""
+    spec = os.path.expanduser(spec)
+    file = spec if os.path.exists(spec) else spec.rsplit(":", 1)[0]
+    return [Path(file)] if os.path.exists(file) else [Path(found) for found in sorted(glob.glob(file, recursive=True))]
 
 
 def cut_roi(region: Region, roi_nm: Sequence[tuple[float, float]]) -> Region:
@@ -93,7 +108,7 @@ def cut_roi(region: Region, roi_nm: Sequence[tuple[float, float]]) -> Region:
     if box.num_voxels == 0:
         extent = " ".join(f"{c:g}:{c + e:g}" for c, e in zip(region.grid.corner_nm, region.grid.extent_nm, strict=True))
         raise DataError("--roi-nm", "lies outside the volume", f"it spans {extent} nm")
-    return Region(region.name, region.em, region.grid.crop(box))
+    return region._replace(grid=region.grid.crop(box))
 
 
 def _is_multiscale(path: Path) -> bool:
@@ -111,8 +126,8 @@ def _find_multiscale(path: Path) -> Path:
     return found[0]
 
 
-def _key(spec: str, voxel_size_nm: NmZYX) -> str:
-    file = spec if os.path.exists(spec) else spec.rsplit(":", 1)[0]
-    status = os.stat(file) if os.path.exists(file) else None
-    identity = (os.path.abspath(spec), voxel_size_nm, status and (status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
+def _identity(spec: str, voxel_size_nm: NmZYX) -> str:
+    """Return what tells this content of the files from another: paths, sizes, times."""
+    status = [(os.path.abspath(file), os.stat(file)) for file in files_of(spec)]
+    stamps = [(file, s.st_size, s.st_mtime_ns) for file, s in status]
+    return repr((os.path.abspath(spec), voxel_size_nm, stamps))

@@ -23,7 +23,7 @@ from autoseg.data.dataset import Dataset, open_dataset
 from autoseg.data.store import ArrayReader, ChunkCache, open_multiscale
 from autoseg.data.synthetic import ATOMS, synthesize
 from autoseg.data.writer import ImportRequest
-from autoseg.errors import DataError
+from autoseg.errors import DataError, PlanError
 from autoseg.geometry import Box, NmZYX, VoxelsZYX
 from autoseg.metrics.overlap import Counts, ratios
 from autoseg.plan import fingerprint, make_plan, probe_hardware
@@ -41,6 +41,7 @@ EVERY_CLASS = (*ATOMS, *COMPOSITES)
 CUBIC: NmZYX = (8.0, 8.0, 8.0)
 SECTIONS: NmZYX = (40.0, 8.0, 8.0)
 NUM_GREYS = 256
+BUDGET_S = 100.0
 
 
 class Piece(NamedTuple):
@@ -79,9 +80,12 @@ def run_demo(
     observer: Observer | None = None,
     tell: Callable[[str], None] = lambda text: None,
     planned: Callable[[Plan], None] = lambda plan: None,
-    budget_s: float,
+    budget_s: float | None = None,
 ) -> Demo | None:
-    """Do the main job in `folder`; None if it was asked to stop. Finished parts are kept: the same command goes on."""
+    """Do the main job in `folder`; None if it was asked to stop. Finished parts are kept: the same command goes on.
+
+    PlanError if what is there was planned for another budget.
+    """
     cache = default_cache()
     for name, pieces in (("data", TRAINING), ("unseen", UNSEEN)):
         if not (folder / name).exists():
@@ -90,8 +94,11 @@ def run_demo(
     plan_path = folder / "plan.json"
     if not plan_path.exists():
         facts = fingerprint(folder / "data", cache)
-        save(make_plan("demo", facts, probe_hardware(), {"budget_s": budget_s}), plan_path)
+        save(make_plan("demo", facts, probe_hardware(), {"budget_s": budget_s or BUDGET_S}), plan_path)
     plan = load_as(plan_path, Plan)
+    if budget_s not in (None, plan.budget_s):
+        what = f"was planned for {plan.budget_s:g} s of training, not {budget_s:g}"
+        raise PlanError(plan_path, what, "leave out --budget to go on, or choose another DIR")
     planned(plan)
     outcome = train_on(plan, folder / "data", folder / "run", cache=cache, observer=observer)
     if outcome.stopped_by:

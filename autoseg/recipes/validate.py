@@ -14,10 +14,10 @@ from autoseg.data.codes import default_cache
 from autoseg.data.dataset import Dataset, open_dataset
 from autoseg.data.store import checksums_in
 from autoseg.errors import DataError, PlanError
-from autoseg.evaluate import Scored, score_labels
+from autoseg.evaluate import Scored, score_labels, voxels_without_em
 from autoseg.geometry import Box
 from autoseg.plan import fingerprint
-from autoseg.predict import crop_regions, open_run, predict_regions
+from autoseg.predict import Region, check_finished, open_run, predict_regions
 from autoseg.recipes.training import data_of, split_of
 from autoseg.schema import CropFacts, Fingerprint, Plan, Scores, VolumeFacts, load_as, sha256
 from autoseg.train.journal import adaptation
@@ -54,21 +54,27 @@ def evaluate_run(
     if prediction is None:
         trained = open_run(run, which, device)
         prediction = run / "predictions" / f"{_key(data)}-{sha256(facts)[:8]}-{trained.identity[:8]}.zarr"
-        numbers = ",".join(name.rsplit("/", 1)[1].removeprefix("crop") for name in boxes)
-        regions = [r for r in crop_regions(plan.split, dataset, numbers) if r.name in boxes]
+        regions = [Region(crop.name, crop.em, crop.grid) for crop in dataset.crops if crop.name in boxes]
         predict_regions(trained, regions, prediction, checksums=checksums_in(cache), progress=progress)
         checkpoint = trained.checkpoint
+    else:
+        for name in boxes:
+            check_finished(prediction, name)
     known = {entry.name for entry in facts.classes}
     classes = [name for name in plan.class_names if name in known]
     if not classes:
         raise DataError(data, f"annotates none of {', '.join(plan.class_names)}", "evaluate on data with these classes")
-    targets = [Scored(dataset.crop(name), box, prediction / name) for name, box in boxes.items()]
+    size = plan.voxel_size_nm
+    targets = [Scored(dataset.crop(name), box, prediction / name, size) for name, box in boxes.items()]
     scores = score_labels(dataset, targets, classes, cache, progress)
     scores = msgspec.structs.replace(
         scores, run=str(run), checkpoint=checkpoint, data=str(data), prediction=str(prediction)
     )
-    others = sorted(known - set(plan.class_names))
-    return Judged(scores, on + (f"; annotated, but no classes of this run: {', '.join(others)}" if others else ""))
+    if others := sorted(known - set(plan.class_names)):
+        on += f"; annotated, but no classes of this run: {', '.join(others)}"
+    if hidden := voxels_without_em(targets):
+        on += f"; {hidden:,} voxels do not count: the EM under them was never fetched"
+    return Judged(scores, on)
 
 
 def _judged_boxes(run: Path, plan: Plan, dataset: Dataset, facts: Fingerprint) -> tuple[dict[str, Box], str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -33,8 +34,29 @@ NAMED_PAIRS = 4
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """Return the console for people: stderr, so that stdout stays for --json."""
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    """Return the console for people: stderr, so that stdout stays for --json; brackets and colons are themselves."""
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function (what, done, total) that shows a bar on a terminal, a line every few seconds elsewhere."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    disable = not console.is_terminal or console.quiet
+    with Progress(*columns, console=console, transient=True, disable=disable) as bar:
+        tasks: dict[str, TaskID] = {}
+        said = time.monotonic()
+
+        def show(what: str, done: int, total: int) -> None:
+            nonlocal said
+            if disable and time.monotonic() - said > LINES_EVERY_S:
+                console.print(f"{what}: {done} of {total}")
+                said = time.monotonic()
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -239,7 +261,7 @@ class TrainingView(Observer):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),

@@ -24,6 +24,7 @@ from autoseg.data.dataset import Dataset, open_dataset
 from autoseg.data.em import CHUNK_CACHE_BYTES
 from autoseg.errors import CheckpointError, PlanError
 from autoseg.model import checkpoint
+from autoseg.model.windows import find_device
 from autoseg.schema import (
     CheckpointHeader,
     Observer,
@@ -248,18 +249,7 @@ def check_data(plan: Plan, dataset: Dataset) -> None:
 
 
 def device_of(name: str, plan: Plan) -> torch.device:
-    """Return the device the plan wants, or the one the user names; PlanError if it is not there."""
+    """Return the device to train on; PlanError if it, or what the plan starts from, is not there."""
     if plan.init is not None and not Path(plan.init).exists():
         raise PlanError(plan.init, "does not exist, and plan.init starts from it", "correct init, or plan anew")
-    wanted = plan.device if name == "auto" else name
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise PlanError(f"--device {wanted}", "is not a device", "use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PlanError(plan.name, "was planned for a GPU, and there is none here", "plan anew, or --device cpu")
-    if device.type == "cpu" and plan.precision == "fp16":
-        raise PlanError(plan.name, "was planned for fp16, which the CPU lacks", "plan anew for this machine")
-    if device.type not in ("cpu", "cuda"):
-        raise PlanError(f"--device {wanted}", "is not supported", "use auto, cpu or cuda")
-    return device
+    return find_device(name, plan)
