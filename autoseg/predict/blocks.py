@@ -191,7 +191,7 @@ class _RegionWriter:
         probability = self._probability(block)
         voxels = to_labels(probability, self.thresholds)
         if len(self.arrays) > len(self.names):
-            voxels = np.concatenate([voxels, np.rint(probability * 255).astype(np.uint8)])
+            voxels = np.concatenate([voxels, [np.rint(p * 255).astype(np.uint8) for p in probability]])
         for array, values in zip(self.arrays.values(), voxels, strict=True):
             array[block.slices] = values
         return hashlib.sha256(voxels.tobytes()).hexdigest()
