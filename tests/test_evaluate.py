@@ -26,7 +26,7 @@ from autoseg.model import windows
 from autoseg.predict import Region, open_run, predict_regions
 from autoseg.recipes.training import split_of, train_on
 from autoseg.recipes.validate import evaluate_run
-from autoseg.schema import ScoreRow, Scores, load, save
+from autoseg.schema import Normalization, ScoreRow, Scores, load, save
 
 NAMES = ("mito", "er_mem", "pm")
 
@@ -315,7 +315,7 @@ def test_which_voxels_have_em_is_what_the_reader_of_em_says(tmp_path: Path) -> N
             for level in store.open_multiscale(crop.em).levels_for(size)
         ]
         found = valid_voxels(levels, grid)
-        _, expected = EmReader(crop.em, size, "dtype", store.ChunkCache(0)).read(grid)
+        _, expected = EmReader(crop.em, size, Normalization(kind="dtype", volumes=()), store.ChunkCache(0)).read(grid)
         assert found is not None
         assert expected is not None
         assert np.array_equal(found, expected)
