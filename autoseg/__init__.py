@@ -19,7 +19,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      augment.py · warp.py · defects.py · step.py · schedule.py
     │                      validation.py · thresholds.py · budget.py · loop.py · journal.py · signals.py
     ├── predict/           USING IT
-    │                      volumes.py (what) · blocks.py (how) · decode.py · export.py (TIFF, HDF5)
+    │                      volumes.py (what) · blocks.py (how) · ledger.py (what is done) · decode.py
+    │                      export.py (TIFF, HDF5)
     ├── evaluate/          HOW GOOD IT IS
     │                      scores.py
     ├── report/            SHOWING IT

@@ -39,7 +39,7 @@ from autoseg.predict import (
 )
 from autoseg.predict.decode import label_map, to_labels
 from autoseg.recipes.training import train_on
-from autoseg.schema import ClassEntry, Plan, load_as
+from autoseg.schema import ClassEntry, Plan, load_as, save
 from autoseg.train.loop import device_of
 
 NAMES = tuple(entry.name for entry in cellmap_table().classes if entry.name in ("mito", "er_mem", "pm"))
@@ -424,16 +424,19 @@ def test_a_device_that_is_not_there_is_refused(place: Path, device: str) -> None
         open_run(place / "run", "last", device)
 
 
-def test_training_and_prediction_choose_a_device_by_one_rule(place: Path) -> None:
-    plan = load_as(place / "run/plan.json", Plan)
-    assert windows.find_device("auto", plan).type == plan.device == "cpu"
-    half = msgspec.structs.replace(plan, precision="fp16", device="cuda")
-    for find in (windows.find_device, device_of):
-        with pytest.raises(PlanError, match="fp16, which the CPU lacks"):
-            find("cpu", half)
-        if not torch.cuda.is_available():
-            with pytest.raises(PlanError, match="planned for a GPU, and there is none here: use --device cpu"):
-                find("auto", half)
+def test_a_run_of_a_gpu_in_fp16_predicts_on_a_cpu_but_does_not_train_there(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    half = msgspec.structs.replace(load_as(run / "plan.json", Plan), precision="fp16", device="cuda")
+    save(half, run / "plan.json")
+    with pytest.raises(PlanError, match="fp16, which the CPU lacks"):
+        device_of("cpu", half)
+    trained = open_run(run, "last", "cpu")
+    assert (trained.predictor.device.type, trained.plan.precision) == ("cpu", "fp32")
+    if not torch.cuda.is_available():
+        assert open_run(run, "last").predictor.device.type == "cpu"
+        with pytest.raises(PlanError, match="planned for a GPU, and there is none here: use --device cpu"):
+            device_of("auto", half)
 
 
 def test_prediction_uses_the_averaged_weights(place: Path, trained: Trained) -> None:

@@ -145,10 +145,7 @@ def _mirror_image(image: Tensor, axes: list[int]) -> Tensor:
 
 
 def find_device(name: str, plan: Plan) -> torch.device:
-    """Return the device of that name, for training and prediction alike; `auto` is the one the plan was made for.
-
-    PlanError if it is not here, or cannot compute in the plan's precision.
-    """
+    """Return the device of that name; `auto` is the one the plan was made for. PlanError if it is not here."""
     wanted = plan.device if name == "auto" else name
     try:
         device = torch.device(wanted)
@@ -159,8 +156,6 @@ def find_device(name: str, plan: Plan) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         where, what = (plan.name, "was planned for a GPU, and ") if name == "auto" else (f"--device {name}", "")
         raise PlanError(where, f"{what}there is none here", "use --device cpu")
-    if device.type == "cpu" and plan.precision == "fp16":
-        raise PlanError(plan.name, "was planned for fp16, which the CPU lacks", "use a GPU, or plan for this machine")
     return device
 
 

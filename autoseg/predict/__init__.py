@@ -1,7 +1,8 @@
 """USING IT: a RUN and EM become labels."""
 
-from autoseg.predict.blocks import Trained, check_finished, open_run, predict_regions
+from autoseg.predict.blocks import Trained, open_run, predict_regions
 from autoseg.predict.export import TIFF_ENDINGS, export_labels, refuse_existing, zarr_of
+from autoseg.predict.ledger import check_finished
 from autoseg.predict.volumes import Region, crop_regions, cut_roi, drop_copy, file_region, volume_regions
 
 __all__ = [

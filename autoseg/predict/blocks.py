@@ -1,16 +1,12 @@
 """RUN + EM -> labels: each block reads EM and its surroundings, blends inside, and writes its own voxels once.
 
-A ledger beside the output says which blocks are done, and the sha256 of each; the same command on an existing output
-does the rest, and what is no longer on disk as the ledger says::
-
-    OUT/.autoseg/prediction.json    which run, checkpoint and options          ledger.jsonl   a line for each block
-                 region-*.json      which voxels of which EM, in which blocks
+The same command on an existing output does the blocks that its ledger does not list, and those that are no longer on
+disk as the ledger says.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,17 +21,17 @@ from numpy.typing import NDArray
 from autoseg.data import store
 from autoseg.data.em import EmReader, read_input
 from autoseg.data.resample import resample
-from autoseg.errors import CheckpointError, DataError
+from autoseg.errors import CheckpointError
 from autoseg.geometry import Box, VoxelsZYX, blocks
 from autoseg.model import checkpoint, windows
 from autoseg.model.networks import build_network
 from autoseg.model.windows import Predictor, find_device
 from autoseg.predict.decode import to_labels
+from autoseg.predict.ledger import LEDGER_VERSION, Stored, claim, claim_region, read_ledger, record
 from autoseg.predict.volumes import Region
-from autoseg.schema import Plan, TunedDecode, load_as, read_json_lines, write_atomically
+from autoseg.schema import Plan, TunedDecode, load_as
 
 CACHE_BYTES = 256 * 2**20
-LEDGER, LEDGER_VERSION = ".autoseg", 2
 SMALLEST_EDGE = 16
 Progress = Callable[[str, int, int], None]
 
@@ -65,7 +61,9 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     plan, tuned = _tuned(plan, header.decode)
     network = build_network(plan)
     checkpoint.load_weights(network, folder / checkpoint.WEIGHTS)
-    target = find_device(device, plan)
+    target = _device(device, plan)
+    if target.type == "cpu" and plan.precision == "fp16":  # the CPU lacks it, and fp32 holds all its values
+        plan = msgspec.structs.replace(plan, precision="fp32")
     if target.type == "cpu":
         torch.set_num_threads(min(plan.num_threads, os.cpu_count() or 1))
     layout = torch.channels_last if plan.patch_size_zyx[0] == 1 else torch.contiguous_format
@@ -78,6 +76,13 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     )
     identity = hashlib.sha256(repr(made_by).encode()).hexdigest()
     return Trained(Predictor(network, plan, target), f"{which} (step {header.step}{tuned})", identity)
+
+
+def _device(name: str, plan: Plan) -> torch.device:
+    """Return the device to predict on: `auto` is the plan's, or the CPU where there is no GPU."""
+    if name == "auto" and plan.device == "cuda" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return find_device(name, plan)
 
 
 def _tuned(plan: Plan, tuned: TunedDecode | None) -> tuple[Plan, str]:
@@ -101,12 +106,13 @@ def predict_regions(
 
     EM of which `checksums` were recorded must have them.
     """
-    _claim(trained, out, probabilities)
+    marks = {"identity": trained.identity, "checkpoint": trained.checkpoint, "probabilities": probabilities}
+    claim(out, marks | {"classes": list(trained.plan.class_names)})
     for region in regions:
         writer = _RegionWriter(trained, region, out / region.name, probabilities, checksums)
-        _claim_region(out, region, writer.block_zyx)
+        claim_region(out, region, writer.block_zyx)
         writer.open_arrays()
-        done, stored = _read_ledger(out), _Stored(list(writer.folders.values()))
+        done, stored = read_ledger(out), Stored(list(writer.folders.values()))
         todo = list(writer.blocks())
         for number, block in enumerate(todo):
             progress(region.name or "volume", number, len(todo))
@@ -116,7 +122,7 @@ def predict_regions(
             stored.remove(block)
             digest = writer.write(block)
             stored.flush(block)
-            _record(out, key, digest)
+            record(out, key, digest)
         progress(region.name or "volume", len(todo), len(todo))
         writer.finish()
         store.make_groups(out, out / region.name)
@@ -222,59 +228,6 @@ class _RegionWriter:
             store.make_groups(self.folder, path)
 
 
-class _Stored:
-    """What is on disk of some classes, block by block."""
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._readers = [store.ArrayReader(folder / "s0", store.ChunkCache(0)) for folder in folders]
-
-    def digest(self, block: Box) -> str | None:
-        """Return the sha256 of the voxels of a block, class by class; None if one cannot be read."""
-        digest = hashlib.sha256()
-        try:
-            for reader in self._readers:
-                digest.update(reader.read(block).tobytes())
-        except DataError:
-            return None
-        return digest.hexdigest()
-
-    def remove(self, block: Box) -> None:
-        """Remove the chunks of a block, of which a damaged one could not be updated."""
-        for path in self._files(block):
-            path.unlink(missing_ok=True)
-
-    def flush(self, block: Box) -> None:
-        """Wait until the chunks of a block are on the disk."""
-        for path in filter(Path.exists, self._files(block)):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-    def _files(self, block: Box) -> Iterator[Path]:
-        for reader in self._readers:
-            for unit in store.units_of(reader.layout, block.start, block.stop):
-                yield reader.path / reader.layout.file_name(unit)
-
-
-def check_finished(out: Path, name: str) -> None:
-    """Raise DataError unless the labels of a region are on disk as the ledger beside them says; without one, pass."""
-    ledger = out / LEDGER
-    claimed = _region_file(out, name)
-    if not claimed.is_file():
-        return
-    prediction, region = json.loads((ledger / "prediction.json").read_text()), json.loads(claimed.read_text())
-    kinds = ("", "probabilities") if prediction["probabilities"] else ("",)
-    stored = _Stored([out / name / kind / entry for kind in kinds for entry in prediction["classes"]])
-    done = _read_ledger(out)
-    todo = list(blocks(tuple(region["grid"][0]), tuple(region["block_zyx"])))
-    missing = [block for block in todo if done.get(f"{name} {block.start}", "") != stored.digest(block)]
-    if missing:
-        what = (
-            f"{len(missing)} of {len(todo)} blocks of {name or 'its volume'} are missing or not as they were predicted"
-        )
-        remedy = f"run the same `autoseg predict` again, or remove {ledger} if you changed the labels yourself"
-        raise DataError(out, what, remedy)
-
-
 def _chunk_shape(block_zyx: VoxelsZYX, shape_zyx: VoxelsZYX) -> VoxelsZYX:
     """Return chunks that blocks never share: they divide the block, or the block spans the axis.
 
@@ -289,55 +242,3 @@ def _chunk_shape(block_zyx: VoxelsZYX, shape_zyx: VoxelsZYX) -> VoxelsZYX:
     z = along(0, edge)
     plane = edge * math.isqrt(edge // z)
     return z, along(1, plane), along(2, plane)
-
-
-def _claim(trained: Trained, out: Path, probabilities: bool) -> None:
-    """Mark a new output with what makes it; refuse one that something else made."""
-    path = out / LEDGER / "prediction.json"
-    identity = {"identity": trained.identity, "checkpoint": trained.checkpoint, "probabilities": probabilities}
-    identity["classes"] = list(trained.plan.class_names)
-    if path.is_file():
-        if json.loads(path.read_text()) != identity:
-            raise CheckpointError(out, "was begun by another run, checkpoint or option", "choose another --out")
-        _end_torn_line(out / LEDGER / "ledger.jsonl")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(out, "exists and is not a prediction of autoseg", "choose another --out")
-    write_atomically(path, json.dumps(identity).encode())
-
-
-def _claim_region(out: Path, region: Region, block_zyx: VoxelsZYX) -> None:
-    """Mark which voxels of which EM a region is; refuse others, whose blocks the ledger would call done."""
-    path = _region_file(out, region.name)
-    attributes = region.em / ".zattrs"
-    written = os.stat(attributes).st_mtime_ns if region.copy_of is None and attributes.exists() else 0
-    em = region.copy_of or str(region.em.resolve())
-    identity = json.dumps({"em": em, "written": written, "grid": region.grid, "block_zyx": block_zyx})
-    if not path.is_file():
-        write_atomically(path, identity.encode())
-    elif path.read_text() != identity:
-        what = f"{region.name or 'its volume'} was begun from other EM or for another box"
-        raise CheckpointError(out, what, "choose another --out")
-
-
-def _region_file(out: Path, name: str) -> Path:
-    return out / LEDGER / f"region-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
-
-
-def _read_ledger(out: Path) -> dict[str, str]:
-    """Return the sha256 of each block, by its key; a later line replaces an earlier one."""
-    lines = read_json_lines(out / LEDGER / "ledger.jsonl")
-    return {str(line.get("block")): str(line.get("sha256")) for line in lines}
-
-
-def _end_torn_line(ledger: Path) -> None:
-    if ledger.is_file() and ledger.read_bytes()[-1:] not in (b"", b"\n"):
-        with ledger.open("a") as file:
-            file.write("\n")
-
-
-def _record(out: Path, key: str, digest: str) -> None:
-    with (out / LEDGER / "ledger.jsonl").open("a") as file:
-        file.write(json.dumps({"block": key, "sha256": digest}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -249,7 +249,10 @@ def check_data(plan: Plan, dataset: Dataset) -> None:
 
 
 def device_of(name: str, plan: Plan) -> torch.device:
-    """Return the device to train on; PlanError if it, or what the plan starts from, is not there."""
+    """Return the device to train on; PlanError if it, its precision or what the plan starts from is not there."""
     if plan.init is not None and not Path(plan.init).exists():
         raise PlanError(plan.init, "does not exist, and plan.init starts from it", "correct init, or plan anew")
-    return find_device(name, plan)
+    device = find_device(name, plan)
+    if device.type == "cpu" and plan.precision == "fp16":
+        raise PlanError(plan.name, "was planned for fp16, which the CPU lacks", "use a GPU, or plan for this machine")
+    return device
