@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,16 @@ settings.load_profile("autoseg")
 def small_data(tmp_path: Path) -> Path:
     """DATA with two small, partially annotated, learnable crops of one volume (see strategies.make_dataset)."""
     return make_dataset(tmp_path / "data")
+
+
+@pytest.fixture
+def _cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Price training steps by a formula instead of a trace; `test_planner.cheap` marks the tests that want it."""
+    from test_planner import cheap_trace
+
+    from autoseg.plan import rules_network
+
+    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
+    rules_network._cached_cost.cache_clear()
+    yield
+    rules_network._cached_cost.cache_clear()

@@ -143,7 +143,10 @@ def test_the_gradient_is_that_of_finite_differences(kind: str) -> None:
     known = torch.ones_like(target)
     known[..., 0] = 0
     weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    function = lambda x: masked_loss(x, target, known, loss_of(kind), weights)  # noqa: E731
+
+    def function(x: Tensor) -> Tensor:
+        return masked_loss(x, target, known, loss_of(kind), weights)
+
     assert torch.autograd.gradcheck(function, logits.requires_grad_())
 
 
@@ -206,9 +209,11 @@ def test_alpha_weighs_false_positives_and_beta_false_negatives() -> None:
     target = torch.zeros(1, 1, 1, 4, 4)
     target[..., :2] = 1
     everything, nothing = torch.full_like(target, 9.0), torch.full_like(target, -3.0)
-    weigh = lambda logits, a, b: masked_loss(  # noqa: E731
-        logits, target, torch.ones_like(target), loss_of("tversky", tversky_alpha=a, tversky_beta=b), torch.ones(1)
-    )
+
+    def weigh(logits: Tensor, a: float, b: float) -> Tensor:
+        loss = loss_of("tversky", tversky_alpha=a, tversky_beta=b)
+        return masked_loss(logits, target, torch.ones_like(target), loss, torch.ones(1))
+
     assert weigh(everything, 0.9, 0.1) > weigh(everything, 0.1, 0.9)
     assert weigh(nothing, 0.9, 0.1) < weigh(nothing, 0.1, 0.9)
 
@@ -277,7 +282,10 @@ def test_the_gradient_is_that_of_the_formula_written_out(kind: str) -> None:
     known, loss = mask(), loss_of(kind, focal_gamma=1.5)
     p, n = torch.sigmoid(logits.requires_grad_()), known.sum(dim=(0, 2, 3, 4))
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    sums = lambda x: (x * known).sum(dim=(0, 2, 3, 4))  # noqa: E731
+
+    def sums(x: Tensor) -> Tensor:
+        return (x * known).sum(dim=(0, 2, 3, 4))
+
     tp, fp, fn = sums(p * target), sums(p * (1 - target)), sums((1 - p) * target)
     tversky = (tp + loss.smooth) / (tp + loss.tversky_alpha * fp + loss.tversky_beta * fn + loss.smooth)
     written = (
@@ -316,14 +324,17 @@ def test_coarser_levels_are_compared_with_the_same_place_and_weigh_half() -> Non
 @given(st.integers(0, 2**31), st.floats(0.2, 1), st.floats(0.1, 0.9))
 def test_every_coarser_level_is_shrunk_from_the_annotation_itself(seed: int, known_share: float, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.rand(shape, generator=generator)  # noqa: E731
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
     target, known = (rand(1, 2, 2, 8, 8) < share).float(), (rand(1, 2, 2, 8, 8) < known_share).float()
     logits = [torch.randn((1, 2, z, n, n), generator=generator) for z, n in ((2, 8), (2, 4), (1, 2))]
     loss, weights, expected = loss_of(), torch.ones(2), []
     for out in logits:
         z, n = 2 // out.shape[2], 8 // out.shape[3]
-        split = lambda t, z=z, n=n: t.reshape(1, 2, 2 // z, z, 8 // n, n, 8 // n, n)  # noqa: E731
-        num_present, num_known = (split(t).sum(dim=(3, 5, 7)) for t in (target * known, known))
+        blocks = (1, 2, 2 // z, z, 8 // n, n, 8 // n, n)
+        num_present, num_known = (t.reshape(blocks).sum(dim=(3, 5, 7)) for t in (target * known, known))
         real = (2 * num_known >= z * n * n).float()
         expected.append(masked_loss(out, (2 * num_present >= num_known).float(), real, loss, weights))
     found = losses.supervised_loss(logits, MaskTargets(target, known), loss, weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX
 from autoseg.model.memory import StepCost
-from autoseg.plan import fingerprint, make_plan, parse_settings, rules_data, rules_network
+from autoseg.plan import fingerprint, make_plan, parse_settings, rules_data
 from autoseg.plan.draft import DERIVED, leaf_fields
 from autoseg.schema import (
     ClassCount,
@@ -140,14 +140,6 @@ def cheap_trace(network: Network, slices: int, classes: int, patch: VoxelsZYX, *
     return StepCost(50 * 2**20, per_patch, 1000 * per_patch, 10**6)
 
 
-@pytest.fixture
-def _cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
-    rules_network._cached_cost.cache_clear()
-    yield
-    rules_network._cached_cost.cache_clear()
-
-
 cheap = pytest.mark.usefixtures("_cheap")
 
 
@@ -235,7 +227,9 @@ def test_every_decision_of_a_plan_has_exactly_one_reason(found: Fingerprint, har
 
 @cheap
 def test_a_cpu_takes_coarser_voxels_while_the_thinnest_class_still_spans_three() -> None:
-    plan = lambda found, *cards: make_plan("a", found, machine(*cards), {})  # noqa: E731
+    def plan(found: Fingerprint, *cards: Gpu) -> Plan:
+        return make_plan("a", found, machine(*cards), {})
+
     enough = plan(thick(facts(), mito=200.0, pm=27.6))
     assert enough.voxel_size_nm == (50.0, 9.2, 9.2)
     assert "pm of 28 nm" in reason(enough, "voxel_size_nm")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import make_dataset
-from test_planner import cheap_trace, facts, machine
+from test_planner import cheap, facts, machine
 
 from autoseg.cli import main
 from autoseg.data.islands import Leaks, SplitCrop, count_leaks, islands
@@ -30,7 +29,7 @@ from autoseg.data.split import (
 )
 from autoseg.errors import PlanError
 from autoseg.geometry import Grid, VoxelsZYX
-from autoseg.plan import make_plan, rules_network
+from autoseg.plan import make_plan
 from autoseg.schema import Plan, Region, Split, load_as
 
 CLASSES = ("mito", "er", "pm")
@@ -405,17 +404,6 @@ def test_a_datasplit_wins_over_folds() -> None:
 
 def reason_of(plan: Plan, field: str) -> str:
     return next(reason.because for reason in plan.reasons if reason.field == field)
-
-
-@pytest.fixture
-def _cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
-    rules_network._cached_cost.cache_clear()
-    yield
-    rules_network._cached_cost.cache_clear()
-
-
-cheap = pytest.mark.usefixtures("_cheap")
 
 
 @cheap
