@@ -129,7 +129,11 @@ class CodeWriter:
         if needed > free:
             what = f"{needed / 2**30:.1f} GiB of codes, {free / 2**30:.1f} GiB are free"
             raise DataError(path.parent, what, "make room, or choose another --cache")
-        np.lib.format.open_memmap(path, mode="w+", dtype=self._dtype, shape=self._shape)
+        self._offset = np.lib.format.open_memmap(path, mode="w+", dtype=self._dtype, shape=self._shape).offset
+
+    def _map(self) -> NDArray[Any]:
+        """Map the codes, without reading their header again as np.load does."""
+        return np.memmap(self._path, self._dtype, mode="r+", offset=self._offset, shape=self._shape)
 
     def write(self, box: Box, local: NDArray[Any], rows: list[bytes]) -> None:
         """Write one block; mapped for this block alone, so that written pages do not stay in memory."""
@@ -138,8 +142,7 @@ class CodeWriter:
             raise DataError(self._where, f"more than {MAX_CODES} combinations of labels", "check its label arrays")
         if len(self._rows) > 256 and self._dtype is np.uint8:
             self._widen()
-        codes = np.load(self._path, mmap_mode="r+")
-        codes[box.slices] = int(table[0]) if len(table) == 1 else _look_up(table.astype(self._dtype), local)
+        self._map()[box.slices] = int(table[0]) if len(table) == 1 else _look_up(table.astype(self._dtype), local)
 
     def _widen(self) -> None:
         narrow = self._path.rename(self._path.with_name("narrow.npy"))
@@ -147,7 +150,7 @@ class CodeWriter:
         self._create(self._path)
         for z in range(0, self._shape[0], INDEX_BLOCK[0]):
             layer = slice(z, z + INDEX_BLOCK[0])
-            np.load(self._path, mmap_mode="r+")[layer] = np.load(narrow, mmap_mode="r")[layer]
+            self._map()[layer] = np.load(narrow, mmap_mode="r")[layer]
         narrow.unlink()
 
     def finish(self) -> tuple[States, NDArray[np.int64]]:
@@ -160,7 +163,7 @@ class CodeWriter:
         histogram = np.zeros(len(states), dtype=np.int64)
         per_layer = layers[1] * layers[2]
         for i in range(layers[0]):
-            layer = np.asarray(np.load(self._path, mmap_mode="r")[i * INDEX_BLOCK[0] : (i + 1) * INDEX_BLOCK[0]])
+            layer = np.asarray(self._map()[i * INDEX_BLOCK[0] : (i + 1) * INDEX_BLOCK[0]])
             counts = np.zeros((per_layer, len(states)), dtype=np.int64)
             for row, box in zip(counts, blocks(_zyx(layer.shape), INDEX_BLOCK), strict=True):
                 part = layer[box.slices]
