@@ -100,7 +100,7 @@ def hold(crops: tuple[Crop, ...], cache: Path, number: int) -> None:
 
 
 def measure(data: Path, cache: Path) -> None:
-    """Time codes with counts and checksums alone, then the whole fingerprint (with label sanity) beside another cache."""
+    """Time codes with counts and checksums alone, then the whole fingerprint, label sanity included."""
     from autoseg.plan import fingerprint
 
     with timed("geometry and counts, cold"):
