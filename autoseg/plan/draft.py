@@ -38,8 +38,14 @@ class Choice(NamedTuple):
 class Draft:
     """What the rules may look at: the facts, the user's settings, and what was decided before."""
 
-    def __init__(self, fingerprint: Fingerprint, hardware: Hardware, settings: Mapping[str, Any]) -> None:
-        self.fingerprint, self.hardware, self.settings = fingerprint, hardware, settings
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        hardware: Hardware,
+        settings: Mapping[str, Any],
+        advice: Mapping[str, Choice] | None = None,
+    ) -> None:
+        self.fingerprint, self.hardware, self.settings, self.advice = fingerprint, hardware, settings, advice or {}
         self._values: dict[str, Any] = {}
         self.reasons: list[Reason] = []
 
@@ -48,12 +54,25 @@ class Draft:
         return self._values[field]
 
     def decide(self, field: str, choice: Choice) -> None:
-        """Take the rule's value, or the user's where there is one, and keep the reason."""
+        """Take the user's value, else what a scored run advises, else the rule's, and keep the reason."""
+        choice = self._advised(field, choice)
         if field in self.settings:
             was = f"instead of {_short(choice.value)} ({choice.because})" if choice.because else ""
             choice = Choice(self.settings[field], f"set by the user {was}".strip(), "user")
         self._values[field] = choice.value
         self.reasons.append(Reason(field=field, because=choice.because, source=choice.source))
+
+    def _advised(self, field: str, choice: Choice) -> Choice:
+        advised = self.advice.get(field)
+        if advised is None:
+            return choice
+        value = advised.value
+        if isinstance(value, dict):  # by class: those of this plan, and the user's word on each of them stands
+            said = self.settings.get(f"{field}.*", {})
+            value = {name: said.get(name, value.get(name, old)) for name, old in choice.value.items()}
+        if value == choice.value:
+            return choice
+        return Choice(value, f"{advised.because}; instead of {_short(choice.value)} ({choice.because})", advised.source)
 
     def nested(self) -> dict[str, Any]:
         """Return the decided values as nested dictionaries, ready to become a Plan."""

@@ -1,4 +1,4 @@
-"""(fingerprint, hardware, settings) -> Plan, a pure function: the rules in their order, then the checks."""
+"""(fingerprint, hardware, settings, scores of a run) -> Plan, a pure function: the rules in order, then the checks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from autoseg.plan import rules_network as network
 from autoseg.plan import rules_split
 from autoseg.plan import rules_training as training
 from autoseg.plan.draft import Choice, Draft, numbers
+from autoseg.plan.evidence import Evidence
+from autoseg.plan.rules_scores import advise
 from autoseg.schema import (
     Augmentation,
     Fingerprint,
@@ -107,12 +109,20 @@ RULES: tuple[tuple[str, Rule], ...] = (
 )
 
 
-def make_plan(name: str, fingerprint: Fingerprint, hardware: Hardware, settings: Mapping[str, Any]) -> Plan:
+def make_plan(
+    name: str,
+    fingerprint: Fingerprint,
+    hardware: Hardware,
+    settings: Mapping[str, Any],
+    evidence: Evidence | None = None,
+) -> Plan:
     """Return the plan; `settings` are typed values by dotted field, which the rules below them follow.
+
+    With `evidence`, a scored run, what that run asks to change is decided before the rules, and after the settings.
 
     Raises PlanError where a setting contradicts another, or nothing fits the machine.
     """
-    draft = Draft(fingerprint, hardware, settings)
+    draft = Draft(fingerprint, hardware, settings, advise(evidence, fingerprint) if evidence else None)
     _check_settings(settings, hardware)
     for field, rule in RULES:
         draft.decide(field, rule(draft))

@@ -1,0 +1,53 @@
+"""Plans, hardware profiles and fingerprints that come with autoseg, from a checkout as from an installed package.
+
+::
+
+    plans/NAME.json                 shipped plans
+    plans/hardware/NAME.json        machines, for `--hardware NAME`
+    plans/fingerprints/NAME.json    data sets that the plans were made for
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Literal
+
+from autoseg.errors import PlanError
+from autoseg.schema import nearest
+
+DISTRIBUTION = "autoseg-em"
+Kind = Literal["plans", "hardware", "fingerprints"]
+
+
+def shipped_files(kind: Kind) -> dict[str, Path]:
+    """Return the shipped files of a kind by name."""
+    root = Path(__file__).parents[2]
+    folder = root / "plans" if kind == "plans" else root / "plans" / kind
+    if (root / "pyproject.toml").is_file() and folder.is_dir():
+        return {path.stem: path for path in sorted(folder.glob("*.json"))}
+    return dict(sorted((path.stem, path) for path in _installed() if path.parent.name == kind))
+
+
+def _installed() -> list[Path]:
+    try:
+        files = importlib.metadata.files(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())).resolve() for file in files if "share/autoseg/" in file.as_posix()]
+
+
+def own_or_shipped(path: Path, kind: Kind) -> Path:
+    """Return the path if there is such a file, else the shipped file of that name, else the path."""
+    return path if path.exists() else shipped_files(kind).get(path.stem, path)
+
+
+def hardware_file(name: str) -> Path:
+    """Return the hardware record at that path, or the shipped one of that name; PlanError names those there are."""
+    path = own_or_shipped(Path(name), "hardware")
+    if path.exists():
+        return path
+    names = ["local", *shipped_files("hardware")]
+    near = nearest(name, names)
+    hint = f"did you mean {near}?" if near else f"pass a file, or one of {', '.join(names)}"
+    raise PlanError(f"--hardware {name}", "is neither a file nor the name of a machine", hint)

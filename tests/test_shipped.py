@@ -1,0 +1,84 @@
+"""Machines and plans that come with autoseg: complete, sound, and found wherever it is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from autoseg.errors import PlanError
+from autoseg.plan import make_plan, shipped
+from autoseg.schema import Hardware, load_as
+from tests.test_planner import facts
+
+MACHINES = {
+    "shenron": (4, 10.75, 32, 126),
+    "rocinante": (2, 23.68, 32, 252),
+    "rtx4090": (1, 23.64, 16, 64),
+    "l40s": (1, 44.39, 16, 128),
+    "a100-40": (1, 39.38, 16, 128),
+    "a100-80": (1, 79.14, 16, 128),
+    "h100-80": (1, 79.1, 16, 128),
+    "v100-16": (1, 15.77, 8, 64),
+    "laptop": (0, 0, 8, 16),
+    "two-core": (0, 0, 2, 24),
+}
+
+
+def test_every_machine_is_shipped_as_it_is_known() -> None:
+    files = shipped.shipped_files("hardware")
+    assert set(files) == set(MACHINES)
+    for name, (num_gpus, gib, threads, ram_gb) in MACHINES.items():
+        found = load_as(shipped.hardware_file(name), Hardware)
+        assert found.name == name
+        assert len(found.gpus) == num_gpus
+        assert all(gpu.memory_bytes == int(gib * 2**30) for gpu in found.gpus)
+        assert (found.cpu_threads, found.ram_bytes) == (threads, ram_gb * 10**9)
+
+
+@pytest.mark.parametrize(("name", "precision"), [("shenron", "fp16"), ("v100-16", "fp16"), ("h100-80", "bf16")])
+def test_a_plan_for_a_shipped_machine_fits_it(name: str, precision: str) -> None:
+    hardware = load_as(shipped.hardware_file(name), Hardware)
+    plan = make_plan(name, facts(), hardware, {})
+    assert plan.precision == precision
+    assert plan.predicted_memory_bytes < 0.9 * hardware.gpus[0].memory_bytes
+    assert plan.predicted_ram_bytes < hardware.ram_bytes
+
+
+def test_a_name_that_is_no_machine_is_refused_with_the_nearest() -> None:
+    with pytest.raises(PlanError, match="did you mean 'rocinante'"):
+        shipped.hardware_file("rosinante")
+    with pytest.raises(PlanError, match="pass a file, or one of local, a100-40"):
+        shipped.hardware_file("a-mainframe")
+
+
+def test_a_file_of_ones_own_wins_over_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = Path("plans/vnc-two-cores.json")
+    assert shipped.own_or_shipped(wanted, "plans") == shipped.shipped_files("plans")["vnc-two-cores"]
+    wanted.parent.mkdir()
+    wanted.write_text("{}")
+    assert shipped.own_or_shipped(wanted, "plans") == wanted
+    assert shipped.own_or_shipped(Path("plans/none.json"), "plans") == Path("plans/none.json")
+
+
+def test_an_installed_package_finds_its_files_by_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "share/autoseg/hardware/box.json"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("{}")
+
+    class File(str):
+        __slots__ = ()
+
+        def as_posix(self) -> str:
+            return str(self)
+
+        def locate(self) -> Path:
+            return tmp_path / str(self)
+
+    listed = [File("share/autoseg/hardware/box.json"), File("lib/autoseg/cli.py")]
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "lib/autoseg/plan/shipped.py"))
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: listed if name == shipped.DISTRIBUTION else None)
+    assert shipped.shipped_files("hardware") == {"box": installed.resolve()}
+    assert shipped.shipped_files("plans") == {}
