@@ -20,6 +20,12 @@ from typing import NamedTuple
 
 VoxelsZYX = tuple[int, int, int]
 NmZYX = tuple[float, float, float]
+ALIKE_WITHIN = 0.05
+
+
+def alike(*sizes_nm: float) -> bool:
+    """Return whether axes of these voxel sizes can be swapped: tissue is stretched by at most a twentieth then."""
+    return max(sizes_nm) <= (1 + ALIKE_WITHIN) * min(sizes_nm)
 
 
 def coarser_voxel_size(voxel_size_nm: NmZYX, shape_zyx: VoxelsZYX) -> NmZYX:
