@@ -150,6 +150,11 @@ def annotated_share(extent_nm: NmZYX, patch_zyx: VoxelsZYX, voxel_size_nm: NmZYX
     return share
 
 
+def part_length(length: int) -> int:
+    """Return the voxels of one of the parts in which an axis is counted: 64, or a sixteenth of a short axis."""
+    return 64 if length >= 256 else max(1, math.ceil(length / 16))
+
+
 def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
     """Return starts of tiles that cover `length`, neighbours overlapping by at least that fraction.
 

@@ -177,5 +177,7 @@ def test_the_reason_compares_with_fewer_and_with_more() -> None:
         (10, 8, [0, 1, 2, 4, 8]),
     ],
 )
-def test_worker_counts_double_up_to_the_threads_whatever_is_planned(threads: int, planned: int, counts: list[int]) -> None:
+def test_worker_counts_double_up_to_the_threads_whatever_is_planned(
+    threads: int, planned: int, counts: list[int]
+) -> None:
     assert profile.worker_counts(threads, planned) == counts
