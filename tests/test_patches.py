@@ -33,6 +33,7 @@ from autoseg.train.sources import (
     build_index,
     draw_layer,
     draw_voxel,
+    held_on,
     hide,
     scale_box,
     usable_counts,
@@ -612,7 +613,7 @@ def test_no_voxel_that_validates_shares_em_with_one_that_teaches_in_another_crop
     first, second, box, size = case
     coarse, codes = first.at_voxel_size((size,) * 3), second.at_voxel_size((size,) * 3)
     taught = np.ones(codes.shape_zyx, bool)
-    for hidden in hide([(first, box)], codes, (size,) * 3):
+    for hidden in hide(held_on([(first, box)], (size,) * 3), codes):
         taught[hidden.slices] = False
     for validates in (first.crop(box), coarse.crop(validated_box(box, first, coarse))):
         shared = np.ones(codes.shape_zyx, bool)

@@ -167,24 +167,37 @@ def validated_box(region: Box, grid: Grid, target: Grid) -> Box:
     return scale_box(region, grid, target, "nearest")
 
 
-def hide(regions: Sequence[tuple[Grid, Box]], codes_grid: Grid, voxel_size_nm: NmZYX) -> tuple[Box, ...]:
-    """Return the voxels of codes that share EM with a region of another crop that validates.
+class Held(NamedTuple):
+    """Where regions of one EM validate: as they were drawn, and as the voxels of the plan's size that validate.
 
-    A region counts as it was drawn, and as the voxels of the plan's size that validate for it, which reach a little
-    further::
+    ::
 
         labels of a    |--|--|--|--|        validates, drawn from voxel 1 on
         codes of a     |-----|=====|        this voxel validates
         codes of b      |~~~~~|~~~~~|       both are hidden
     """
-    boxes: dict[Box, None] = {}
+
+    grids: tuple[Grid, ...]
+    low_nm: NDArray[np.float64]
+    high_nm: NDArray[np.float64]
+
+
+def held_on(regions: Sequence[tuple[Grid, Box]], voxel_size_nm: NmZYX) -> Held:
+    """Return where these boxes of label grids validate, to be asked for each of a thousand crops."""
+    grids = []
     for grid, box in regions:
         coarse = grid.at_voxel_size(voxel_size_nm)
-        for inner in (grid.crop(box), coarse.crop(validated_box(box, grid, coarse))):
-            seen = seen_in(codes_grid, inner)
-            if seen.num_voxels:
-                boxes[seen] = None
-    return tuple(boxes)
+        grids += [grid.crop(box), coarse.crop(validated_box(box, grid, coarse))]
+    low = np.array([grid.corner_nm for grid in grids]).reshape(-1, 3)
+    return Held(tuple(grids), low, low + np.array([grid.extent_nm for grid in grids]).reshape(-1, 3))
+
+
+def hide(held: Held, codes_grid: Grid) -> tuple[Box, ...]:
+    """Return the boxes of codes that share EM with what validates."""
+    low = np.array(codes_grid.corner_nm)
+    near = ((held.low_nm < low + codes_grid.extent_nm) & (held.high_nm > low)).all(axis=1)
+    seen = [seen_in(codes_grid, held.grids[i]) for i in np.flatnonzero(near)]
+    return tuple(dict.fromkeys(box for box in seen if box.num_voxels))
 
 
 def scale_box(box: Box, grid: Grid, target: Grid, rounding: Rounding) -> Box:
