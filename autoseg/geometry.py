@@ -20,6 +20,12 @@ from typing import NamedTuple
 
 VoxelsZYX = tuple[int, int, int]
 NmZYX = tuple[float, float, float]
+ALIKE_WITHIN = 0.05
+
+
+def alike(*sizes_nm: float) -> bool:
+    """Return whether axes of these voxel sizes can be swapped: tissue is stretched by at most a twentieth then."""
+    return max(sizes_nm) <= (1 + ALIKE_WITHIN) * min(sizes_nm)
 
 
 def coarser_voxel_size(voxel_size_nm: NmZYX, shape_zyx: VoxelsZYX) -> NmZYX:
@@ -142,6 +148,11 @@ def annotated_share(extent_nm: NmZYX, patch_zyx: VoxelsZYX, voxel_size_nm: NmZYX
     for extent, patch, size in zip(extent_nm, patch_zyx, voxel_size_nm, strict=True):
         share *= min(1.0, max(1, round(extent / size)) / patch)
     return share
+
+
+def part_length(length: int) -> int:
+    """Return the voxels of one of the parts in which an axis is counted: 64, or a sixteenth of a short axis."""
+    return 64 if length >= 256 else max(1, math.ceil(length / 16))
 
 
 def tile_starts(length: int, tile: int, overlap: float) -> list[int]:

@@ -16,19 +16,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import make_dataset
+from strategies import crop_path, em_path, make_dataset, write_label, write_multiscale
 from test_planner import tiny_plan
 
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
 from autoseg.data.codes import index_blocks
 from autoseg.data.dataset import open_dataset
+from autoseg.data.em import EmReader
 from autoseg.errors import DataError, PlanError
 from autoseg.geometry import Box, Grid, VoxelsZYX
 from autoseg.schema import Plan, Region, Sampling, Split
 from autoseg.train import batches
 from autoseg.train.loader import _start_worker
 from autoseg.train.patches import Batch, PatchSampler, narrowest
-from autoseg.train.sources import build_index, draw_layer, draw_voxel, scale_box, usable_counts
+from autoseg.train.sources import (
+    build_index,
+    draw_layer,
+    draw_voxel,
+    held_on,
+    hide,
+    scale_box,
+    usable_counts,
+    validated_box,
+)
 from autoseg.train.turns import ROUND, Turns, class_shares
 from autoseg.train.warp import place_patch
 
@@ -423,6 +433,83 @@ def test_a_crop_that_only_validates_never_teaches(place: tuple[Path, Path], pres
         assert not (states == PRESENT).any()
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_validates_in_one_crop_does_not_teach_in_another_of_the_same_em(tmp_path: Path, linked: bool) -> None:
+    """Two crops share columns 96 to 160 of their EM, which the second reaches by a link; datasplit.csv may ask that."""
+    rng, shape = np.random.default_rng(0), (8, 64, 256)
+    em, data = Grid(shape, (40.0, 8.0, 8.0), (0.0, 0.0, 0.0)), tmp_path / "data"
+    write_multiscale(em_path(data, "a"), [(em, rng.integers(1, 255, shape).astype(np.uint8))])
+    if linked:
+        em_path(data, "b").parent.mkdir(parents=True)
+        em_path(data, "b").symlink_to(em_path(data, "a"))
+    names = ("a/crop1", "b/crop2" if linked else "a/crop2")
+    for name, start, stop in zip(names, (0, 96), (160, 256), strict=True):
+        grid = em.crop(Box((0, 0, start), (8, 64, stop)))
+        write_label(crop_path(data, *name.split("/")), "mito", np.ones(grid.shape_zyx, np.uint8), grid)
+    split = Split(train=(Region(crop=names[0]),), validate=(Region(crop=names[1]),), rule="datasplit")
+    plan = tiny_plan(data, tmp_path / "cache", NO_AUGMENTATION | {"patch_size_zyx": (1, 64, 160)})
+    one, known = sampler(msgspec.structs.replace(plan, split=split), (data, tmp_path / "cache")), np.zeros(160, bool)
+    for step in range(10):
+        known |= (states_of(one.batch(step)) != UNKNOWN).any(dim=4).any(dim=2).any(dim=1).any(dim=0).numpy()
+    assert known[:96].all()
+    assert not known[96:].any(), "a voxel that validates taught"
+
+
+# ---- EM that is not there -----------------------------------------------------------------------------------
+
+
+def with_gaps(root: Path, width: int, missing: tuple[int, ...]) -> Path:
+    """Write one crop over EM in chunks of that width, some never fetched; each quarter of x is a class of its own."""
+    rng, shape = np.random.default_rng(0), (12, 64, 256)
+    grid = Grid(shape, (40.0, 8.0, 8.0), (0.0, 0.0, 0.0))
+    values = rng.integers(1, 255, shape).astype(np.uint8)
+    path = write_multiscale(em_path(root, "a"), [(grid, values)], chunk_zyx=(12, 64, width))
+    for x in missing:
+        (path / f"s0/0/0/{x}").unlink()
+    for k, name in enumerate(("mito", "ld", "lyso", "pm")):
+        mask = np.zeros(shape, np.uint8)
+        mask[:, 8:60, 64 * k : 64 * k + 64] = 1
+        write_label(crop_path(root, "a", "crop1"), name, mask, grid)
+    return root
+
+
+@pytest.mark.parametrize(("width", "missing"), [(64, (2, 3)), (48, (1, 3, 4, 5))])
+def test_nothing_is_drawn_where_no_em_was_fetched(tmp_path: Path, width: int, missing: tuple[int, ...]) -> None:
+    """Every patch holds a known voxel, the classes that are left keep their floor, and the lost one is named."""
+    data, cache = with_gaps(tmp_path / "data", width, missing), tmp_path / "cache"
+    split = Split(train=(Region(crop="a/crop1"),), validate=(), rule="user")
+    settings = {"patch_size_zyx": (1, 16, 16), "batch_size": 16, "sampling.class_floor": 0.12}
+    plan = msgspec.structs.replace(tiny_plan(data, cache, NO_AUGMENTATION | settings), split=split)
+    one = sampler(plan, (data, cache))
+    stored = np.ones(256, bool)
+    for x in missing:
+        stored[width * x : width * x + width] = False
+    taught = [k for k in range(4) if stored[64 * k : 64 * k + 64].any()]
+    order = [plan.class_names.index(name) for name in ("mito", "ld", "lyso", "pm")]
+    assert set(one.untaught) == {plan.class_names[order[k]] for k in range(4) if k not in taught}
+    (source,) = one._sources
+    ends = [
+        int(source.block_index.cumulative[source.block_index.column(c)][-1])
+        for c in order
+        if c in [order[k] for k in taught]
+    ]
+    assert ends == [12 * 52 * int(stored[64 * k : 64 * k + 64].sum()) for k in taught]
+    states = torch.cat([states_of(one.batch(step)) for step in range(40)])
+    assert (states != UNKNOWN).flatten(1).any(dim=1).all(), "a patch of nothing"
+    shows = (states == PRESENT).flatten(1, 3).any(dim=1).float().mean(dim=0)
+    assert all(shows[order[k]] >= 0.12 for k in taught)
+
+
+def test_whole_em_is_not_looked_at_block_by_block(place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked_at(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(EmReader, "stored_on", looked_at)
+    one = sampler(tiny_plan(*place), place)
+    assert not any(source.gaps for source in one._sources)
+    one.batch(0)
+
+
 def test_patches_larger_than_the_crop_are_filled_with_unknown(place: tuple[Path, Path]) -> None:
     plan = tiny_plan(*place, NO_AUGMENTATION | {"patch_size_zyx": (1, 96, 96)})
     batch = sampler(plan, place).batch(0)
@@ -497,6 +584,45 @@ def test_no_voxel_of_a_validation_box_is_part_of_a_voxel_that_trains(case: tuple
     assert predicted.num_voxels > 0
     assert predicted.clip(Box.whole(target.shape_zyx)) == predicted
     assert predicted.clip(scale_box(validates, grid, target, "outwards")) == predicted
+
+
+@st.composite
+def overlapping_crops(draw: st.DrawFn) -> tuple[Grid, Grid, Box, float]:
+    """Return (a crop that validates, one that trains, what of the first validates, the plan's voxel size)."""
+    size = draw(st.sampled_from([2.0, 4.0]))
+    first, second = (
+        Grid(
+            draw(st.tuples(*[st.integers(2, 14)] * 3)),
+            (size * factor,) * 3,
+            draw(st.tuples(*[st.integers(0, 8).map(lambda n: n * size)] * 3)),
+        )
+        for factor in (1, draw(st.sampled_from([1, 2])))
+    )
+    start = tuple(draw(st.integers(0, n - 1)) for n in first.shape_zyx)
+    stop = tuple(draw(st.integers(a + 1, n)) for a, n in zip(start, first.shape_zyx, strict=True))
+    box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    return first, second, box, size * draw(st.sampled_from([1.0, 1.5, 2.0, 2.3, 4.0]))
+
+
+@settings(max_examples=200)
+@given(overlapping_crops())
+def test_no_voxel_that_validates_shares_em_with_one_that_teaches_in_another_crop(
+    case: tuple[Grid, Grid, Box, float],
+) -> None:
+    """At the plan's voxels, which a plane through the labels cuts, and as the region was drawn."""
+    first, second, box, size = case
+    coarse, codes = first.at_voxel_size((size,) * 3), second.at_voxel_size((size,) * 3)
+    taught = np.ones(codes.shape_zyx, bool)
+    for hidden in hide(held_on([(first, box)], (size,) * 3), codes):
+        taught[hidden.slices] = False
+    for validates in (first.crop(box), coarse.crop(validated_box(box, first, coarse))):
+        shared = np.ones(codes.shape_zyx, bool)
+        for axis in range(3):
+            low = codes.corner_nm[axis] + np.arange(codes.shape_zyx[axis]) * size
+            start, length = validates.corner_nm[axis], validates.extent_nm[axis]
+            common = np.minimum(low + size, start + length) - np.maximum(low, start)
+            shared &= np.expand_dims(common > 0.01 * size, [a for a in range(3) if a != axis])
+        assert not (taught & shared).any()
 
 
 def test_a_line_that_validates_does_not_teach_at_twice_the_voxel_size() -> None:

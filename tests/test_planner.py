@@ -480,7 +480,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "augmentation.preset": ("flips", "flips"),
     "augmentation.flip": ("false", False),
     "augmentation.right_angles": ("false", False),
-    "augmentation.transpose_z": ("true", True),
+    "augmentation.transpose_z": ("true", True),  # of cubes, see below
     "augmentation.scale_range": ("0.5,2", (0.5, 2.0)),
     "augmentation.contrast_range": ("0.5,2", (0.5, 2.0)),
     "augmentation.gamma_range": ("0.5,2", (0.5, 2.0)),
@@ -515,6 +515,8 @@ SETTABLE = [name for name, _ in leaf_fields(Plan) if not {name, name.split(".")[
 def test_every_field_of_the_plan_can_be_set_and_says_so(field: str) -> None:
     text, expected = SETTINGS.get(field, ("0.125", 0.125))  # every other field is a plain number
     pairs = [f"{field}={text}"] + (["network.features=4,8,12"] if field.startswith("network.") else [])
+    if field == "augmentation.transpose_z":
+        pairs += ["voxel_size_nm=8,8,8", "augmentation.preset=flips"]
     plan = make_plan("a", facts(), machine(), parse_settings(list(dict.fromkeys(pairs))))
     assert value_of(plan, field) == expected
     if field != "name":
@@ -544,6 +546,36 @@ def test_every_field_of_the_plan_can_be_set_and_says_so(field: str) -> None:
 def test_fields_that_depend_on_a_setting_follow_it(pairs: list[str], follows: Callable[[Plan], bool]) -> None:
     plan = make_plan("a", facts(), machine(), parse_settings(pairs))
     assert follows(plan)
+
+
+@cheap
+@pytest.mark.parametrize(
+    ("voxel", "turns"),
+    [
+        ((40.0, 8.0, 4.0), (False, False, False)),
+        ((2.62, 2.0, 2.0), (True, False, True)),
+        ((8.0, 8.2, 8.0), (True, True, True)),
+        ((4.0, 4.0, 4.4), (False, False, False)),
+    ],
+)
+def test_axes_are_swapped_only_where_their_voxels_are_alike(voxel: NmZYX, turns: tuple[bool, bool, bool]) -> None:
+    """A swap of axes whose voxels differ shows tissue stretched: 2:1 for voxels of 8 x 4 nm."""
+    found = facts((96, 512, 512), voxel)
+    plan = make_plan("a", found, machine(gpu()), {"patch_size_zyx": (32, 64, 64), "voxel_size_nm": voxel})
+    augmentation = plan.augmentation
+    assert (augmentation.right_angles, augmentation.transpose_z, plan.sliding_window.transpose_yx) == (
+        turns[0],
+        turns[1] and augmentation.preset == "fib-sem",
+        turns[2],
+    )
+    fields = ("augmentation.right_angles", "augmentation.transpose_z", "sliding_window.transpose_yx")
+    for field, allowed in zip(fields, turns, strict=True):
+        settings = {"patch_size_zyx": (32, 64, 64), "voxel_size_nm": voxel, field: True}
+        if allowed:
+            assert value_of(make_plan("a", found, machine(gpu()), settings), field)
+        else:
+            with pytest.raises(PlanError, match=rf"{re.escape(field)}: swaps .*: use false"):
+                make_plan("a", found, machine(gpu()), settings)
 
 
 @cheap

@@ -165,7 +165,19 @@ def test_the_reason_compares_with_fewer_and_with_more() -> None:
 
 @pytest.mark.parametrize(
     ("threads", "planned", "counts"),
-    [(1, 0, [0, 1]), (2, 0, [0, 1, 2]), (8, 3, [0, 1, 2, 3, 4, 8]), (6, 6, [0, 1, 2, 4, 6]), (1, 4, [0, 1, 4])],
+    [
+        (1, 0, [0, 1]),
+        (2, 0, [0, 1, 2]),
+        (8, 3, [0, 1, 2, 3, 4, 8]),
+        (6, 6, [0, 1, 2, 4, 6]),
+        (1, 4, [0, 1, 4]),
+        (2, 1, [0, 1, 2]),
+        (2, 2, [0, 1, 2]),
+        (8, 4, [0, 1, 2, 4, 8]),
+        (10, 8, [0, 1, 2, 4, 8]),
+    ],
 )
-def test_worker_counts_double_up_to_the_threads(threads: int, planned: int, counts: list[int]) -> None:
+def test_worker_counts_double_up_to_the_threads_whatever_is_planned(
+    threads: int, planned: int, counts: list[int]
+) -> None:
     assert profile.worker_counts(threads, planned) == counts

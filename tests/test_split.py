@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import make_dataset
+from strategies import crop_path, em_path, make_dataset, write_label, write_multiscale
 from test_planner import cheap, facts, machine
 
 from autoseg.cli import main
-from autoseg.data.islands import Leaks, SplitCrop, count_leaks, islands
+from autoseg.data.islands import Leaks, SplitCrop, count_leaks, holders, islands, least_in, most_in
 from autoseg.data.split import (
     MAX_CROP_SHARES,
     MAX_VOXEL_SHARE,
@@ -28,8 +28,8 @@ from autoseg.data.split import (
     split_crops,
 )
 from autoseg.errors import PlanError
-from autoseg.geometry import Grid, VoxelsZYX
-from autoseg.plan import make_plan
+from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX, part_length
+from autoseg.plan import fingerprint, make_plan
 from autoseg.schema import Plan, Region, Split, load_as
 
 CLASSES = ("mito", "er", "pm")
@@ -399,6 +399,146 @@ def test_a_datasplit_wins_over_folds() -> None:
         derive_split(crops, 0, folds=2, fold=1)
 
 
+# ---- where in a crop a class lies ---------------------------------------------------------------------------
+
+
+def counted(present: dict[str, np.ndarray], *, split: str | None = None) -> SplitCrop:
+    """Return a crop that holds these masks, counted along y and x as a fingerprint does."""
+    shape = next(iter(present.values())).shape
+    along = {}
+    for name, mask in present.items():
+        rows = [mask.sum(axis=axes) for axes in ((0, 2), (0, 1))]
+        sizes = [part_length(n) for n in shape[1:]]
+        parts = [tuple(int(r[i : i + s].sum()) for i in range(0, len(r), s)) for r, s in zip(rows, sizes, strict=True)]
+        along[name] = (parts[0], parts[1])
+    voxels = {name: int(mask.sum()) for name, mask in present.items()}
+    return SplitCrop("a/crop1", "a", shape, voxels, split, (True, True, True), along=along)
+
+
+def mask_of(shape: VoxelsZYX, axis: int, *ranges: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    for start, stop in ranges:
+        np.moveaxis(mask, axis, 0)[start:stop] = True
+    return mask
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("length", [100, 320, 700])
+def test_a_box_takes_no_class_away_from_training(axis: int, length: int) -> None:
+    """The outer end would take the only voxels of one class: the other end is taken, or a place in between."""
+    shape = (4, length, 20) if axis == 1 else (4, 20, length)
+    everywhere = mask_of(shape, axis, (0, length))
+    first, last = mask_of(shape, axis, (0, 6)), mask_of(shape, axis, (length - 6, length))
+    for rare in ({"a": first}, {"a": last}, {"a": first, "b": last}):
+        split = derive_split([counted({"mito": everywhere} | rare)], 0)
+        train, validate = (taken(side, "a/crop1", shape) for side in (split.train, split.validate))
+        assert not (train & validate).any()
+        assert (train | validate).all()
+        assert validate.any()
+        assert all((mask & train).sum() >= mask.sum() / 2 for mask in rare.values())
+
+
+def test_a_box_lies_where_it_shows_most_classes_else_at_the_outer_end() -> None:
+    shape = (4, 20, 640)
+    everywhere, halves = mask_of(shape, 2, (0, 640)), mask_of(shape, 2, (64, 128), (300, 384))
+    assert derive_split([counted({"mito": everywhere})], 0).validate[0].box_zyx == ((0, 0, 0), (4, 20, 64))
+    split = derive_split([counted({"mito": everywhere, "er": halves})], 0)
+    for side in (split.train, split.validate):
+        assert (halves & taken(side, "a/crop1", shape)).any()
+
+
+@given(st.integers(1, 600), st.data())
+def test_the_voxels_of_a_class_in_a_region_lie_between_the_bounds(length: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    mask = rng.random((2, length, 9)) < data.draw(st.sampled_from([0.0, 0.01, 0.5]))
+    crop = counted({"mito": mask})
+    start = tuple(data.draw(st.integers(0, n - 1)) for n in mask.shape[1:])
+    stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, mask.shape[1:], strict=True))
+    region = Region(crop="a/crop1", box_zyx=((0, *start), (2, *stop)))
+    held = int(mask[region.box(mask.shape).slices].sum())
+    assert least_in(crop, region, "mito") <= held <= most_in(crop, region, "mito")
+    assert least_in(crop, Region(crop="a/crop1"), "mito") == most_in(crop, Region(crop="a/crop1"), "mito") == mask.sum()
+
+
+def write_classes(root: Path, em: np.ndarray, masks: dict[str, np.ndarray], voxel: NmZYX = (40.0, 8.0, 8.0)) -> Path:
+    """Write one volume `a` with one crop that covers it."""
+    grid = Grid(em.shape, voxel, (0.0, 0.0, 0.0))
+    write_multiscale(em_path(root, "a"), [(grid, em)])
+    for name, mask in masks.items():
+        write_label(crop_path(root, "a", "crop1"), name, mask.astype(np.uint8), grid)
+    return root
+
+
+@pytest.mark.parametrize("width", [150, 320])
+def test_a_fingerprint_counts_classes_along_y_and_x(tmp_path: Path, width: int) -> None:
+    rng = np.random.default_rng(0)
+    shape = (70, 40, width)
+    masks = {"mito": rng.random(shape) < 0.3, "ld": mask_of(shape, 2, (width - 20, width))}
+    data = write_classes(tmp_path / "data", rng.integers(1, 255, shape).astype(np.uint8), masks)
+    (crop,) = fingerprint(data, tmp_path / "cache").crops
+    expected = counted(masks)
+    for name in masks:
+        assert (crop.counts[name].along_y, crop.counts[name].along_x) == expected.along[name]
+
+
+@cheap
+def test_what_only_one_side_holds_is_said_and_gets_no_share_of_the_patches(tmp_path: Path) -> None:
+    rng, shape = np.random.default_rng(0), (8, 64, 320)
+    masks = {
+        "mito": mask_of(shape, 2, (0, 320)),
+        "ld": mask_of(shape, 2, (290, 318)),
+        "lyso": mask_of(shape, 2, (2, 30)),
+    }
+    data = write_classes(tmp_path / "data", rng.integers(1, 255, shape).astype(np.uint8), masks)
+    found = fingerprint(data, tmp_path / "cache")
+    plan = make_plan("a", found, machine(), {})
+    assert set(holders(plan.split.train, split_crops(found, plan.class_names))) == set(masks)
+    assert "only in training: ld, lyso" in reason_of(plan, "split")
+    assert "for each of 3 classes" in reason_of(plan, "sampling.class_floor")
+    low = {"split.validate": (Region(crop="a/crop1", box_zyx=((0, 0, 0), (8, 64, 64))),)}
+    low["split.train"] = (Region(crop="a/crop1", box_zyx=((0, 0, 64), (8, 64, 320))),)
+    plan = make_plan("a", found, machine(), low)
+    assert "only in validation: lyso; only in training: ld" in reason_of(plan, "split")
+    because = reason_of(plan, "sampling.class_floor")
+    assert because.startswith("12.50% of all patches or more for each of 2 classes")
+    assert because.endswith("nothing to train on: lyso")
+
+
+# ---- one EM -------------------------------------------------------------------------------------------------
+
+
+def test_an_em_behind_links_is_one_volume(tmp_path: Path) -> None:
+    """Three data sets, one EM: what validates in one must not teach in another."""
+    rng, shape = np.random.default_rng(0), (8, 64, 64)
+    mask = mask_of(shape, 1, (0, 40))
+    data = write_classes(tmp_path / "data", rng.integers(1, 255, shape).astype(np.uint8), {"mito": mask})
+    grid = Grid(shape, (40.0, 8.0, 8.0), (0.0, 0.0, 0.0))
+    for i, name in enumerate("bc", 2):
+        em_path(data, name).parent.mkdir(parents=True)
+        em_path(data, name).symlink_to(em_path(data, "a"))
+        write_label(crop_path(data, name, f"crop{i}"), "mito", mask.astype(np.uint8), grid)
+    crops = split_crops(fingerprint(data, tmp_path / "cache"), ["mito"])
+    assert len(crops) == 3
+    assert len({crop.volume for crop in crops}) == 1
+    split = derive_split(crops, 0)
+    masks = [[taken(side, c.name, c.shape_zyx) for c in crops] for side in (split.train, split.validate)]
+    assert not (np.any(masks[0], axis=0) & np.any(masks[1], axis=0)).any()
+
+
+@pytest.mark.parametrize("origin", [0.0, 10_000.0, -500.0])
+@pytest.mark.parametrize("at_low_end", [True, False])
+def test_the_box_lies_at_the_outer_end_wherever_the_em_begins(tmp_path: Path, origin: float, at_low_end: bool) -> None:
+    rng, shape = np.random.default_rng(0), (8, 64, 640)
+    em = Grid(shape, (40.0, 8.0, 8.0), (0.0, 0.0, origin))
+    data = tmp_path / "data"
+    write_multiscale(em_path(data, "a"), [(em, rng.integers(1, 255, shape).astype(np.uint8))])
+    grid = em.crop(Box((0, 0, 0 if at_low_end else 320), (8, 64, 320 if at_low_end else 640)))
+    write_label(crop_path(data, "a", "crop1"), "mito", np.ones(grid.shape_zyx, np.uint8), grid)
+    crops = split_crops(fingerprint(data, tmp_path / "cache"), ["mito"])
+    (region,) = derive_split(crops, 0).validate
+    assert region.box_zyx == (((0, 0, 0), (8, 64, 64)) if at_low_end else ((0, 0, 256), (8, 64, 320)))
+
+
 # ---- in the plan --------------------------------------------------------------------------------------------
 
 
@@ -419,7 +559,7 @@ def test_the_plan_reports_no_leak_and_records_its_fold() -> None:
 def test_a_leak_of_the_users_own_split_is_said() -> None:
     regions = {f"split.{side}": (Region(crop="v0/crop1"),) for side in ("train", "validate")}
     plan = make_plan("a", facts(), machine(), regions)
-    assert "1 of them leak (5,242,880 voxels that train too)" in reason_of(plan, "split")
+    assert "1 of them share 5,242,880 voxels with what trains: those never teach" in reason_of(plan, "split")
     assert plan.split.rule == "user"
 
 

@@ -36,7 +36,9 @@ from autoseg.recipes.validate import evaluate_run
 from autoseg.schema import (
     Observer,
     Plan,
+    Region,
     Schedule,
+    Split,
     StepResult,
     TunedDecode,
     ValidationScore,
@@ -96,6 +98,22 @@ def logged(run: Path) -> list[dict[str, Any]]:
     """Return the lines of steps, without what time they took."""
     lines = [line for line in read_json_lines(run / "log.jsonl") if "event" not in line]
     return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+
+
+# ---- what it says -------------------------------------------------------------------------------------------
+
+
+def test_a_class_that_no_voxel_to_train_on_shows_is_named(place: tuple[Path, Path], tmp_path: Path) -> None:
+    """Crop 2 does not annotate pm: the network would learn nothing of it without a word."""
+    plan = tiny_plan(*place)
+    for crop, warnings in (
+        ("demo/crop2", ["no voxel to train on shows pm: such classes learn nothing"]),
+        ("demo/crop1", []),
+    ):
+        split = Split(train=(Region(crop=crop),), validate=(), rule="user")
+        observer = StopAt(1)
+        train(msgspec.structs.replace(plan, split=split), place[0], tmp_path / crop, cache=place[1], observer=observer)
+        assert observer.warnings == warnings
 
 
 # ---- it learns ----------------------------------------------------------------------------------------------

@@ -136,6 +136,14 @@ class EmReader:
         """Return whether all of the level that suits is stored."""
         return bool(self._array.stored_chunks.all())
 
+    def complete_on(self, grid: Grid) -> bool:
+        """Return whether all EM under `grid` was fetched, at the level that would be read for it."""
+        return stored_level(self._levels, grid)[1] == 1
+
+    def stored_on(self, grid: Grid) -> NDArray[np.bool_] | None:
+        """Return which voxels of `grid` lie in EM that was fetched; None for all."""
+        return valid_voxels(self._levels, grid)
+
     @property
     def grid(self) -> Grid:
         """Return where the finest level lies."""

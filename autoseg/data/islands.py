@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
-from autoseg.geometry import Box, Grid, VoxelsZYX
+from autoseg.geometry import Box, Grid, VoxelsZYX, part_length
 from autoseg.schema import Region, Split
 
 TOUCHING = 1e-3  # of a voxel: less than that is rounding, not overlap
@@ -26,7 +27,8 @@ class SplitCrop(NamedTuple):
     """What the split rule looks at: where a crop is from, and its annotated voxels that hold each class.
 
     `volume` is one per EM. Crops without a grid overlap no other. `outer_start_zyx` says for each axis whether the
-    crop's start, rather than its end, is nearer to the end of its EM.
+    crop's start, rather than its end, is nearer to the end of its EM. `along` says for each class how many of its
+    voxels lie in each part of y, and of x (geometry.part_length); a class that is not in it may lie anywhere.
     """
 
     name: str
@@ -36,6 +38,7 @@ class SplitCrop(NamedTuple):
     declared: str | None
     outer_start_zyx: tuple[bool, bool, bool] = (False, False, False)
     grid: Grid | None = None
+    along: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = MappingProxyType({})
 
     @property
     def num_voxels(self) -> int:
@@ -77,6 +80,43 @@ def count_leaks(split: Split, crops: Sequence[SplitCrop]) -> Leaks:
         else:
             found.append(_covered(box, [_seen_in(crop, *other) for other in trained]))
     return Leaks(sum(n > 0 for n in found), sum(found))
+
+
+def least_in(crop: SplitCrop, region: Region, name: str) -> int:
+    """Return how many voxels of a class a region holds for certain, by the parts that lie in it whole."""
+    total = least = crop.present.get(name, 0)
+    for parts, size, n, start, stop in _cut_axes(crop, region, name):
+        inside = sum(parts[-(-start // size) : None if stop == n else stop // size])
+        least -= total - inside
+    return max(0, least)
+
+
+def most_in(crop: SplitCrop, region: Region, name: str) -> int:
+    """Return how many voxels of a class a region may hold, by the parts that it touches."""
+    axes = _cut_axes(crop, region, name)
+    touched = [sum(parts[start // size : -(-stop // size)]) for parts, size, _, start, stop in axes]
+    return min([crop.present.get(name, 0), *touched])
+
+
+def holders(regions: Sequence[Region], crops: Sequence[SplitCrop]) -> dict[str, set[str]]:
+    """Return for each class the crops in which these regions may hold it; classes that none holds are left out."""
+    by_name = {crop.name: crop for crop in crops}
+    found: dict[str, set[str]] = {}
+    for region in regions:
+        crop = by_name[region.crop]
+        for name in crop.present:
+            if most_in(crop, region, name) > 0:
+                found.setdefault(name, set()).add(crop.name)
+    return found
+
+
+def _cut_axes(crop: SplitCrop, region: Region, name: str) -> Iterator[tuple[tuple[int, ...], int, int, int, int]]:
+    """Yield (voxels of a class by part, voxels of a part, length, start, stop) of the axes that a region cuts."""
+    box = region.box(crop.shape_zyx)
+    for axis, parts in zip((1, 2), crop.along.get(name, ((), ())), strict=True):
+        n, start, stop = crop.shape_zyx[axis], box.start[axis], box.stop[axis]
+        if parts and (start, stop) != (0, n):
+            yield parts, part_length(n), n, start, stop
 
 
 def grid_of(crop: SplitCrop) -> Grid:
@@ -127,14 +167,18 @@ def _seen_in(crop: SplitCrop, other: SplitCrop, box: Box) -> Box:
         return box
     if crop.volume != other.volume or crop.grid is None or other.grid is None:
         return Box((0, 0, 0), (0, 0, 0))
-    inner = other.grid.crop(box)
+    return seen_in(crop.grid, other.grid.crop(box))
+
+
+def seen_in(grid: Grid, inner: Grid) -> Box:
+    """Return which voxels of a grid share space with another; those touched by a hair's breadth do not."""
     start, stop = [], []
-    sides = zip(crop.grid.corner_nm, crop.grid.voxel_size_nm, inner.corner_nm, inner.extent_nm, strict=True)
+    sides = zip(grid.corner_nm, grid.voxel_size_nm, inner.corner_nm, inner.extent_nm, strict=True)
     for corner, size, low, extent in sides:
         start.append(math.floor((low - corner) / size + TOUCHING))
         stop.append(math.ceil((low + extent - corner) / size - TOUCHING))
     found = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
-    return found.clip(Box.whole(crop.shape_zyx))
+    return found.clip(Box.whole(grid.shape_zyx))
 
 
 def _covered(box: Box, others: Sequence[Box], axis: int = 0) -> int:

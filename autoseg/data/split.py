@@ -14,8 +14,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from autoseg.data.islands import Island, SplitCrop, cut, frame_of, grid_of, islands
+from autoseg.data.islands import TOUCHING, Island, SplitCrop, cut, frame_of, grid_of, islands, least_in
 from autoseg.errors import PlanError
+from autoseg.geometry import Grid
 from autoseg.schema import CropFacts, Fingerprint, Region, Split, SplitRule, VolumeFacts
 
 VALIDATION_SHARE = 0.1
@@ -38,14 +39,19 @@ def split_crops(facts: Fingerprint, classes: Sequence[str]) -> list[SplitCrop]:
             declared=crop.split,
             outer_start_zyx=_outer_start(crop, volumes[crop.volume]),
             grid=crop.grid,
+            along={name: (n.along_y, n.along_x) for name in classes if (n := crop.counts.get(name)) and n.along_y},
         )
         for crop in facts.crops
     ]
 
 
 def _outer_start(crop: CropFacts, volume: VolumeFacts) -> tuple[bool, bool, bool]:
-    sides = zip(crop.grid.corner_nm, crop.grid.extent_nm, volume.shape_zyx, volume.voxel_size_nm, strict=True)
-    z, y, x = (corner < n * v - (corner + extent) for corner, extent, n, v in sides)
+    em = Grid(volume.shape_zyx, volume.voxel_size_nm, volume.origin_nm)
+    sides = zip(crop.grid.corner_nm, crop.grid.extent_nm, em.corner_nm, em.extent_nm, em.voxel_size_nm, strict=True)
+    z, y, x = (
+        corner - start <= (start + length) - (corner + extent) + TOUCHING * size
+        for corner, extent, start, length, size in sides
+    )
     return z, y, x
 
 
@@ -190,7 +196,8 @@ def _slabs(crops: Sequence[SplitCrop], folds: int, fold: int) -> Split:
 def _box(crops: Sequence[SplitCrop]) -> Split:
     """Hold out one side of the crop that holds most classes, along its longest in-plane axis; one line is not cut.
 
-    It is the side nearer to the end of the EM: training keeps what borders on the rest of the volume. Crops that
+    It is the side nearer to the end of the EM: training keeps what borders on the rest of the volume. Another place
+    is taken where training would lose a class, or most of one, or where validation sees more of them. Crops that
     overlap it are cut at the same plane.
     """
     crop = max(crops, key=lambda c: (sum(n > 0 for n in c.present.values()), c.num_voxels, c.name))
@@ -204,9 +211,39 @@ def _box(crops: Sequence[SplitCrop]) -> Split:
     whole = tuple(Region(crop=c.name) for c in crops if c not in island)
     if length < 2:
         return Split(train=tuple(Region(crop=c.name) for c in crops), validate=(), rule="box")
-    at_start, plane = crop.outer_start_zyx[axis], wanted if crop.outer_start_zyx[axis] else length - wanted
-    low, high = (-math.inf, start + plane * step) if at_start else (start + plane * step, math.inf)
-    learnt, held_out = cut(island, axis, low, high)
+    cuts = []
+    for first in _places(length, wanted, crop.outer_start_zyx[axis]):
+        low = -math.inf if first == 0 else start + first * step
+        high = math.inf if first + wanted == length else start + (first + wanted) * step
+        cuts.append(cut(island, axis, low, high))
+    learnt, held_out = max(cuts, key=lambda sides: _worth(crops, island, *sides))
     order = {c.name: i for i, c in enumerate(crops)}
     train = sorted([*whole, *learnt], key=lambda region: order[region.crop])
     return Split(train=tuple(train), validate=tuple(held_out), rule="box")
+
+
+def _places(length: int, wanted: int, at_start: bool) -> list[int]:
+    """Return where a box may begin, the best first: the outer end, the other, then in between."""
+    ends = [0, length - wanted] if at_start else [length - wanted, 0]
+    between = range(0, length - wanted, max(1, wanted // 2, length // 64))
+    return list(dict.fromkeys([*ends, *between]))
+
+
+def _worth(
+    crops: Sequence[SplitCrop], island: Island, learnt: Sequence[Region], held_out: Sequence[Region]
+) -> tuple[int, int, int]:
+    """Return how many classes train, how many with at least half of their voxels, and how many validate."""
+    members = {crop.name: crop for crop in island}
+    taught, seen, total = Counter[str](), Counter[str](), Counter[str]()
+    for crop in crops:
+        total.update(crop.present)
+        taught.update({} if crop.name in members else crop.present)
+    for region in learnt:
+        taught.update({name: least_in(members[region.crop], region, name) for name in members[region.crop].present})
+    for region in held_out:
+        seen.update({name: least_in(members[region.crop], region, name) for name in members[region.crop].present})
+    return (
+        sum(n > 0 for n in taught.values()),
+        sum(taught[name] >= (1 - MAX_VOXEL_SHARE) * n for name, n in total.items()),
+        sum(n > 0 for n in seen.values()),
+    )

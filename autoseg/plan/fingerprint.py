@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from autoseg.data import store
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, States, cellmap_table, select
 from autoseg.data.codes import CropCodes, open_codes
+from autoseg.data.coding import INDEX_BLOCK
 from autoseg.data.dataset import Crop, Dataset, open_dataset, refuse_too_many
 from autoseg.data.em import finest_stored, measure_intensity
 from autoseg.data.integrity import find_missing, pin
@@ -25,6 +26,7 @@ from autoseg.data.sanity import find
 from autoseg.data.shapes import measure_shape, pool_shape, sections_apart
 from autoseg.data.traits import CropTraits, remembered
 from autoseg.errors import DataError
+from autoseg.geometry import part_length
 from autoseg.schema import (
     ClassCount,
     ClassShape,
@@ -39,6 +41,7 @@ from autoseg.schema import (
 Progress = Callable[[str, int, int], None]
 SHAPE_CROPS = 2
 SHAPE_VOXELS = 1000
+SECTIONS = 64  # of label codes, looked at together
 
 
 class _Opened(NamedTuple):
@@ -76,7 +79,9 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
         traits.append(look)
     progress("crops", len(dataset.crops), len(dataset.crops))
     ems = {opened.crop.volume: opened.crop.em for opened in usable}
-    volumes = tuple(_volume_facts(name, em, dataset.root, cache) for name, em in sorted(ems.items()))
+    first: dict[str, Path] = {}  # one EM under two names is one volume to the split
+    ems = {name: first.setdefault(os.path.realpath(em), em) for name, em in sorted(ems.items())}
+    volumes = tuple(_volume_facts(name, em, dataset.root, cache) for name, em in ems.items())
     return Fingerprint(
         volumes=volumes,
         crops=tuple(crops),
@@ -128,13 +133,16 @@ def _crop_facts(
 ) -> tuple[CropFacts, list[Finding], CropTraits]:
     crop, histogram = opened.crop, opened.codes.histogram_C
     digest = pin(crop, store.checksums_in(cache))
+    along_y, along_x = (_counts_along(opened.codes, axis) @ (opened.states_CK == PRESENT) for axis in (1, 2))
     counts = {
         name: ClassCount(
             absent=int(histogram[states == ABSENT].sum()),
             present=int(histogram[states == PRESENT].sum()),
             unknown=int(histogram[states == UNKNOWN].sum()),
+            along_y=tuple(along_y[:, k].tolist()) if along_y[:, k].any() else (),
+            along_x=tuple(along_x[:, k].tolist()) if along_x[:, k].any() else (),
         )
-        for name, states in zip(names, opened.states_CK.T, strict=True)
+        for k, (name, states) in enumerate(zip(names, opened.states_CK.T, strict=True))
     }
     facts = CropFacts(
         name=crop.name,
@@ -150,6 +158,22 @@ def _crop_facts(
         stored_sha256=digest,
     )
     return facts, list(find_missing(crop, opened.codes)), remembered(crop, opened.codes, digest)
+
+
+def _counts_along(codes: CropCodes, axis: int) -> NDArray[np.int64]:
+    """Return how often each code occurs in each part of an axis; only short axes need a look at the voxels."""
+    shape = codes.grid.shape_zyx
+    length = part_length(shape[axis])
+    if length == INDEX_BLOCK[axis]:
+        blocks = [-(-n // b) for n, b in zip(shape, INDEX_BLOCK, strict=True)]
+        others = tuple({0, 1, 2} - {axis})
+        rows: NDArray[np.int64] = codes.counts_BC.reshape(*blocks, -1).sum(axis=others, dtype=np.int64)
+        return rows
+    volume, counts = codes.codes_ZYX, np.zeros((-(-shape[axis] // length), len(codes.states_CK)), np.int64)
+    for z in range(0, shape[0], SECTIONS):
+        parts = np.split(volume[z : z + SECTIONS], range(length, shape[axis], length), axis=axis)
+        counts += np.stack([np.bincount(part.ravel(), minlength=counts.shape[1]) for part in parts])
+    return counts
 
 
 def _shapes(
@@ -201,4 +225,5 @@ def _volume_facts(name: str, em: Path, root: Path, cache: Path) -> VolumeFacts:
         voxel_size_nm=finest.grid.voxel_size_nm,
         intensity=intensity,
         stored_fraction=stored,
+        origin_nm=finest.grid.origin_nm,
     )

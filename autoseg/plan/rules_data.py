@@ -10,6 +10,8 @@ import numpy as np
 
 from autoseg.data.classes import cellmap_table
 from autoseg.data.em import CHUNK_CACHE_BYTES
+from autoseg.data.islands import holders
+from autoseg.data.split import split_crops
 from autoseg.data.store import pyramid_grids
 from autoseg.errors import PlanError
 from autoseg.geometry import Grid, NmZYX, VoxelsZYX, coarser_voxel_size
@@ -238,12 +240,16 @@ def choose_sampling_fraction(draft: Draft) -> Choice:
 def choose_class_floor(draft: Draft) -> Choice:
     """Return the share of patches in which every class that exists is centred at least."""
     names = [entry.name for entry in draft["classes"]]
-    floor = draft["sampling.class_centred_fraction"] / 2 / len(names)
-    crops = _training_crops(draft)
-    holders = [(sum(n in c.counts and c.counts[n].present > 0 for c in crops), n) for n in names]
-    fewest, rarest = min(holders)
-    because = f"{floor:.2%} of all patches or more for each of {len(names)} classes; {rarest} is in {fewest} of "
-    return Choice(floor, f"{because}{len(crops)} crops", "half of the centred share, split evenly; unmeasured")
+    taught = holders(draft["split"].train, split_crops(draft.fingerprint, names))
+    centred = draft["sampling.class_centred_fraction"]
+    floor = min(centred / 2 / max(1, len(taught)), centred / len(names))
+    because = f"{floor:.2%} of all patches or more for each of {len(taught)} classes"
+    if taught:
+        fewest, rarest = min((len(crops), name) for name, crops in taught.items())
+        because += f"; {rarest} is in {fewest} of {len(_training_crops(draft))} crops"
+    if left := [name for name in names if name not in taught]:
+        because += f"; nothing to train on: {', '.join(left)}"
+    return Choice(floor, because, "half of the centred share, split evenly; unmeasured")
 
 
 def choose_class_power(_: Draft) -> Choice:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from autoseg.data.islands import SplitCrop, count_leaks
+from autoseg.data.islands import SplitCrop, count_leaks, holders
 from autoseg.data.split import DEFAULT_FOLDS, derive_split, split_crops
 from autoseg.errors import PlanError
 from autoseg.geometry import VoxelsZYX
@@ -42,8 +42,8 @@ def choose_split(draft: Draft) -> Choice:
     if not split.train:
         raise PlanError("split.train", f"is empty ({because})", "leave at least one crop to train on")
     leaks = count_leaks(split, crops)
-    numbers = f"{len(split.train)} regions train, {len(split.validate)} validate, {leaks.regions} of them leak"
-    numbers += f" ({leaks.voxels:,} voxels that train too)" if leaks.regions else ""
+    numbers = f"{len(split.train)} regions train, {len(split.validate)} validate, {leaks.regions} of them "
+    numbers += f"share {leaks.voxels:,} voxels with what trains: those never teach" if leaks.regions else "leak"
     source = "user" if asked or folds is not None else "split rule"
     return Choice(split, f"{because}; {numbers}{_one_sided(split, crops)}", source)
 
@@ -76,11 +76,8 @@ def _check_region(field: str, region: Region, shapes: dict[str, VoxelsZYX]) -> N
 
 
 def _one_sided(split: Split, crops: list[SplitCrop]) -> str:
-    """Say which classes only one side holds, as far as whole crops tell."""
-    present = {crop.name: {name for name, n in crop.present.items() if n > 0} for crop in crops}
-    train, validate = (
-        set().union(*(present[region.crop] for region in side)) for side in (split.train, split.validate)
-    )
+    """Say which classes only one side holds, as far as the counts along y and x tell."""
+    train, validate = (set(holders(side, crops)) for side in (split.train, split.validate))
     both = [(validate - train, "validation"), (train - validate, "training")]
     told = [f"only in {side}: {', '.join(sorted(names))}" for names, side in both if names and split.validate]
     return "".join(f"; {text}" for text in told)

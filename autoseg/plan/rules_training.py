@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from autoseg.geometry import alike
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_data import ANISOTROPY_OF_SECTIONS
 
@@ -113,9 +114,12 @@ def choose_augmentation_field(draft: Draft, field: str) -> Choice:
     """Return one parameter of the preset."""
     preset = draft["augmentation.preset"]
     value = PRESETS[preset][field]
+    z, y, x = draft["voxel_size_nm"]
     if field == "transpose_z" and preset == "fib-sem":
-        z, y, x = draft["voxel_size_nm"]
-        value = draft["patch_size_zyx"][0] > 1 and max(z, y, x) < 1.5 * min(z, y, x)
+        value = draft["patch_size_zyx"][0] > 1 and alike(z, y, x)
+    if field == "right_angles" and value and not alike(y, x):
+        because = f"voxels of {y:g} x {x:g} nm in the plane: a right angle would stretch tissue"
+        return Choice(False, because, "voxel_size_nm")
     if field in _IN_UNITS_OF_INPUT and draft["normalization.kind"] == "dtype":
         sd = _input_sd(draft)
         return Choice(value * sd, f"preset {preset}, of input of sd {sd:.3g}", "augmentation.preset")
@@ -221,4 +225,5 @@ def choose_mirrors(draft: Draft) -> Choice:
 def choose_transpose(draft: Draft) -> Choice:
     """Return whether prediction also averages over transposed copies."""
     value = bool(draft["augmentation.right_angles"])
-    return Choice(value, "right angles in the plane were trained", "augmentation.right_angles")
+    because = "right angles in the plane were trained" if value else "right angles in the plane were not trained"
+    return Choice(value, because, "augmentation.right_angles")

@@ -83,9 +83,10 @@ def profile_plan(
 
 def worker_counts(threads: int, planned: int) -> list[int]:
     """Return the numbers of workers to try: 0, 1, then doubled up to the threads, and the planned one."""
-    counts = {0, 1, planned}
-    while 2 * max(counts - {planned}) <= threads:
-        counts.add(2 * max(counts - {planned}))
+    counts, doubled = {0, 1, planned}, 2
+    while doubled <= threads:
+        counts.add(doubled)
+        doubled *= 2
     return sorted(counts)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from autoseg.errors import PlanError
-from autoseg.geometry import VoxelsZYX
+from autoseg.geometry import VoxelsZYX, alike
 from autoseg.schema.plans import Network, Plan
 
 
@@ -138,6 +138,21 @@ def _run(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if not 0 <= plan.schedule.warmup_fraction < 1:
         yield "schedule.warmup_fraction", f"{plan.schedule.warmup_fraction}", "use 0 to below 1"
     yield from _augmentation(plan)
+    yield from _turns(plan)
+
+
+def _turns(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Refuse to swap axes whose voxel sizes differ: that stretches the tissue."""
+    size = plan.voxel_size_nm
+    for field, swaps, axes in (
+        ("augmentation.right_angles", plan.augmentation.right_angles, "yx"),
+        ("augmentation.transpose_z", plan.augmentation.transpose_z, "zyx"),
+        ("sliding_window.transpose_yx", plan.sliding_window.transpose_yx, "yx"),
+    ):
+        sizes = size[-len(axes) :]
+        if swaps and not alike(*sizes):
+            what = f"swaps {', '.join(axes)}, of voxels of {' x '.join(f'{v:g}' for v in sizes)} nm"
+            yield field, what, "use false, or a voxel_size_nm that is the same along them"
 
 
 def _augmentation(plan: Plan) -> Iterator[tuple[str, str, str]]:

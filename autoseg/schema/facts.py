@@ -41,7 +41,7 @@ class Intensity(Record, frozen=True, kw_only=True):
 
 
 class VolumeFacts(Record, frozen=True, kw_only=True):
-    """One EM volume: its finest level, and its grey values."""
+    """One EM volume: its finest level, and its grey values; `path` is the same for two names of one EM."""
 
     name: str
     path: str
@@ -50,14 +50,21 @@ class VolumeFacts(Record, frozen=True, kw_only=True):
     voxel_size_nm: NmZYX
     intensity: Intensity
     stored_fraction: float
+    origin_nm: NmZYX = (0.0, 0.0, 0.0)
 
 
 class ClassCount(Record, frozen=True, kw_only=True):
-    """Voxels of one crop by what is known of one class."""
+    """Voxels of one crop by what is known of one class.
+
+    `along_y` and `along_x` say how many of the present ones lie in each part of that axis (`geometry.part_length`);
+    () where there are none, or where it was not counted.
+    """
 
     absent: int
     present: int
     unknown: int
+    along_y: tuple[int, ...] = ()
+    along_x: tuple[int, ...] = ()
 
 
 class Contradiction(Record, frozen=True, kw_only=True):

@@ -32,8 +32,9 @@ SplitRule = Literal["datasplit", "volumes", "crops", "box", "user"]
 
 
 class Split(Record, frozen=True, kw_only=True):
-    """Regions to learn from and regions to choose checkpoints by; a voxel is never in both.
+    """Regions to learn from and regions to choose checkpoints by; a voxel that lies in both never teaches.
 
+    That holds for all crops that show the same EM. A derived split has none; datasplit.csv and the user may.
     With cross-validation this is fold number `fold` (from 1) of `folds`: together they validate every voxel once.
     """
 

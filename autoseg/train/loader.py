@@ -25,10 +25,15 @@ class StepDataset(Dataset[Batch | AutosegError]):
     def __init__(self, plan: Plan, data: Path, cache: Path) -> None:
         self.plan, self.data, self.cache = plan, data, cache
         self._sampler: PatchSampler | None = None
+        self.untaught: tuple[str, ...] = ()
 
     def first(self) -> Batch:
-        """Return the batch of step 0, so that data that cannot be read is known before a run is begun."""
+        """Return the batch of step 0, so that data that cannot be read is known before a run is begun.
+
+        From then on `untaught` are the classes of the plan that no voxel to train on shows.
+        """
         batch = _unless_error(self[0])
+        self.untaught = self._sampler.untaught if self._sampler else ()
         if self.plan.num_workers:
             self._sampler = None  # workers open their own
         return batch

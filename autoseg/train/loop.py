@@ -99,6 +99,8 @@ class _Session:
         journal = Journal(self.run, self.header.step)
         if self.remark:
             observer.warned(self.remark)
+        if self.source.untaught:
+            observer.warned(f"no voxel to train on shows {', '.join(self.source.untaught)}: such classes learn nothing")
         observer.started(self.plan, self.length.num_steps, self.header.step)
         skipped = 0
         batches = self.source.batches(self.header.step, self.length.num_steps)

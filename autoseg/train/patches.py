@@ -10,6 +10,7 @@ Code 0 is "everything unknown": padding, a validation box, EM that was never fet
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +28,13 @@ from autoseg.errors import PlanError
 from autoseg.schema import Plan, Region
 from autoseg.train.augment import augment
 from autoseg.train.sources import (
+    Held,
     Source,
     build_index,
     draw_layer,
     draw_voxel,
+    held_on,
+    hide,
     index_layers,
     read_source,
     scale_box,
@@ -62,12 +66,20 @@ class PatchSampler:
         self._rows: dict[bytes, int] = {bytes([UNKNOWN] * len(self._columns)): 0}
         chunks = ChunkCache(cache_bytes, checksums_in(cache))
         readers: dict[Path, EmReader] = {}
+        real = {em: os.path.realpath(em) for em in {crop.em for crop in data.crops}}
+        validate = [(data.crop(region.crop), region) for region in plan.split.validate]
+        held = {
+            em: held_on(
+                [(c.grid, r.box(c.grid.shape_zyx)) for c, r in validate if real[c.em] == em], plan.voxel_size_nm
+            )
+            for em in set(real.values())
+        }
         self._sources: list[Source] = []
         for region in plan.split.train:
             crop = data.crop(region.crop)
             if crop.em not in readers:
                 readers[crop.em] = EmReader(crop.em, plan.voxel_size_nm, plan.normalization, chunks)
-            self._sources.append(self._open(crop, region, readers[crop.em], cache))
+            self._sources.append(self._open(crop, region, held[real[crop.em]], readers[crop.em], cache))
         rows = b"".join(self._rows)
         self.states_CK: States = np.frombuffer(rows, dtype=np.uint8).reshape(len(self._rows), -1)
         self._dtype = narrowest(len(self.states_CK))
@@ -78,28 +90,33 @@ class PatchSampler:
         totals = np.array([_totals(source) for source in self._sources])
         if totals[:, -1].sum() == 0:
             raise PlanError(plan.name, "no voxel of its classes is annotated in the training crops", "check the DATA")
-        self._turns = Turns(totals[:, -1].tolist(), totals[:, :-1], plan.sampling, plan.seed)
+        present_NK = totals[:, :-1]
+        untaught = [name for name, n in zip(plan.class_names, present_NK.sum(axis=0), strict=True) if n == 0]
+        self.untaught = tuple(untaught)
+        self._turns = Turns(totals[:, -1].tolist(), present_NK, plan.sampling, plan.seed)
 
-    def _open(self, crop: Crop, region: Region, em: EmReader, cache: Path) -> Source:
+    def _open(self, crop: Crop, region: Region, held: Held, em: EmReader, cache: Path) -> Source:
+        """Return a crop to learn from; nothing that validates on the same EM may teach."""
         plan = self.plan
         codes = open_codes(crop, plan.voxel_size_nm, cache)
         states, _ = self._logic.complete(self._logic.rows(codes.states_CK, codes.names))
         states = states[:, self._columns]
         shape = crop.grid.shape_zyx
         box = scale_box(region.box(shape), crop.grid, codes.grid, "inwards")
-        hidden = tuple(
-            scale_box(other.box(shape), crop.grid, codes.grid, "outwards")
-            for other in plan.split.validate
-            if other.crop == region.crop
+        own = [other.box(shape) for other in plan.split.validate if other.crop == region.crop]
+        hidden = dict.fromkeys(
+            [*(scale_box(inside, crop.grid, codes.grid, "outwards") for inside in own), *hide(held, codes.grid)]
         )
+        gaps = not em.complete_on(codes.grid)
         holds_CK = np.concatenate([states == PRESENT, (states != UNKNOWN).any(axis=1)[:, None]], axis=1)
         return Source(
             region=box,
-            hidden=hidden,
+            hidden=tuple(hidden),
+            gaps=gaps,
             codes=codes,
             to_global=np.array([self._rows.setdefault(bytes(row), len(self._rows)) for row in states]),
             em=em,
-            block_index=build_index(usable_counts(codes, box, hidden), holds_CK),
+            block_index=build_index(usable_counts(codes, box, tuple(hidden), em if gaps else None), holds_CK),
             layers=index_layers(codes.grid, em),
         )
 

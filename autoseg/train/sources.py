@@ -7,6 +7,7 @@ its voxels they hold, so that a voxel is found by one search and one look at a b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from autoseg.data.codes import CropCodes, index_blocks
 from autoseg.data.coding import INDEX_BLOCK
 from autoseg.data.em import EmReader, read_input
+from autoseg.data.islands import seen_in
 from autoseg.data.store import ArrayReader, ChunkCache
 from autoseg.errors import DataError
-from autoseg.geometry import Box, Grid, VoxelsZYX
+from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
 
 Codes = NDArray[Any]
 Rounding = Literal["inwards", "nearest", "outwards"]
@@ -37,10 +39,14 @@ class BlockIndex(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A crop of the training split: `region` may teach, but nothing in the `hidden` boxes."""
+    """A crop of the training split: `region` may teach, but nothing in the `hidden` boxes.
+
+    `gaps`: of the EM under it not all was fetched.
+    """
 
     region: Box
     hidden: tuple[Box, ...]
+    gaps: bool
     codes: CropCodes
     to_global: Codes
     em: EmReader
@@ -54,21 +60,25 @@ class Source(NamedTuple):
         return z, y, x
 
 
-def usable_counts(codes: CropCodes, region: Box, hidden: tuple[Box, ...]) -> NDArray[Any]:
-    """Return `counts_BC` of the voxels in the region that are not hidden; blocks at a border are counted anew."""
+def usable_counts(codes: CropCodes, region: Box, hidden: tuple[Box, ...], em: EmReader | None = None) -> NDArray[Any]:
+    """Return `counts_BC` of the voxels in the region that are not hidden; blocks at a border are counted anew.
+
+    With `em`, voxels under EM that was never fetched do not count either: a patch there would be wholly unknown.
+    """
     counts, shape = codes.counts_BC, codes.grid.shape_zyx
-    if region == Box.whole(shape) and not hidden:
+    if region == Box.whole(shape) and not hidden and em is None:
         return counts
     counts, volume = np.array(counts), codes.codes_ZYX
     for number, box in enumerate(index_blocks(shape)):
         inside = region.clip(box)
         unseen = [h.clip(inside) for h in hidden if h.clip(inside).num_voxels]
-        if inside == box and not unseen:
-            continue
         if any(part == inside for part in unseen) or inside.num_voxels == 0:
             counts[number] = 0
             continue
-        seen = np.ones(inside.shape_zyx, dtype=bool)
+        stored = None if em is None else em.stored_on(codes.grid.crop(inside))
+        if inside == box and not unseen and stored is None:
+            continue
+        seen = np.ones(inside.shape_zyx, dtype=bool) if stored is None else stored
         for part in unseen:
             seen[part.relative_to(inside).slices] = False
         counts[number] = np.bincount(volume[inside.slices][seen], minlength=counts.shape[1])
@@ -127,7 +137,8 @@ def draw_voxel(
     hits = np.take(wanted[source.to_global], codes_ZYX[box.slices], mode="clip")
     for hidden in source.hidden:
         hits[hidden.clip(box).relative_to(box).slices] = False
-    found = np.flatnonzero(hits)
+    stored = source.em.stored_on(source.codes.grid.crop(box)) if source.gaps else None
+    found = np.flatnonzero(hits if stored is None else hits & stored)
     if len(found) == 0:
         what = "damaged code cache (its counts are wrong)"
         raise DataError(source.codes.folder, what, "delete this folder; it is built anew")
@@ -149,6 +160,44 @@ def read_source(source: Source, codes_ZYX: Codes, box: Box, input_slices: int) -
     if valid is not None:
         codes[~valid] = 0
     return image, codes
+
+
+def validated_box(region: Box, grid: Grid, target: Grid) -> Box:
+    """Return the voxels of `target`, the codes of a crop, that validate for a region in voxels of its labels."""
+    return scale_box(region, grid, target, "nearest")
+
+
+class Held(NamedTuple):
+    """Where regions of one EM validate: as they were drawn, and as the voxels of the plan's size that validate.
+
+    ::
+
+        labels of a    |--|--|--|--|        validates, drawn from voxel 1 on
+        codes of a     |-----|=====|        this voxel validates
+        codes of b      |~~~~~|~~~~~|       both are hidden
+    """
+
+    grids: tuple[Grid, ...]
+    low_nm: NDArray[np.float64]
+    high_nm: NDArray[np.float64]
+
+
+def held_on(regions: Sequence[tuple[Grid, Box]], voxel_size_nm: NmZYX) -> Held:
+    """Return where these boxes of label grids validate, to be asked for each of a thousand crops."""
+    grids = []
+    for grid, box in regions:
+        coarse = grid.at_voxel_size(voxel_size_nm)
+        grids += [grid.crop(box), coarse.crop(validated_box(box, grid, coarse))]
+    low = np.array([grid.corner_nm for grid in grids]).reshape(-1, 3)
+    return Held(tuple(grids), low, low + np.array([grid.extent_nm for grid in grids]).reshape(-1, 3))
+
+
+def hide(held: Held, codes_grid: Grid) -> tuple[Box, ...]:
+    """Return the boxes of codes that share EM with what validates."""
+    low = np.array(codes_grid.corner_nm)
+    near = ((held.low_nm < low + codes_grid.extent_nm) & (held.high_nm > low)).all(axis=1)
+    seen = [seen_in(codes_grid, held.grids[i]) for i in np.flatnonzero(near)]
+    return tuple(dict.fromkeys(box for box in seen if box.num_voxels))
 
 
 def scale_box(box: Box, grid: Grid, target: Grid, rounding: Rounding) -> Box:

@@ -22,7 +22,7 @@ from autoseg.geometry import Box
 from autoseg.metrics.overlap import mean
 from autoseg.model.windows import Predictor
 from autoseg.schema import Plan, TunedDecode, ValidationScore
-from autoseg.train.sources import scale_box
+from autoseg.train.sources import validated_box
 from autoseg.train.thresholds import NUM_BINS, choose_thresholds, dice_at, histograms
 
 
@@ -59,7 +59,7 @@ class Validator:
             states, _ = logic.complete(logic.rows(codes.states_CK, codes.names))
             if crop.em not in readers:
                 readers[crop.em] = EmReader(crop.em, plan.voxel_size_nm, plan.normalization, chunks)
-            box = scale_box(region.box(crop.grid.shape_zyx), crop.grid, codes.grid, "nearest")
+            box = validated_box(region.box(crop.grid.shape_zyx), crop.grid, codes.grid)
             self._targets.append(_Target(box, codes, states[:, columns], readers[crop.em]))
 
     def score(
