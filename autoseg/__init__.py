@@ -12,7 +12,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │
     ├── plan/              WHAT TO DO
     │                      fingerprint.py · hardware.py · planner.py (the order of the rules) · draft.py
-    │                      rules_data.py · rules_split.py · rules_network.py · rules_training.py
+    │                      rules_data.py · rules_split.py · rules_network.py · rules_machine.py
+    │                      rules_training.py · evidence.py, rules_scores.py (of a scored run) · shipped.py
     │                      (each: value, because, source)
     ├── train/             DOING IT
     │                      turns.py (whose turn) · sources.py (a crop) · patches.py (batch of step s) · loader.py

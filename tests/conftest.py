@@ -31,9 +31,9 @@ def _cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Price training steps by a formula instead of a trace; `test_planner.cheap` marks the tests that want it."""
     from test_planner import cheap_trace
 
-    from autoseg.plan import rules_network
+    from autoseg.plan import rules_machine
 
-    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
-    rules_network._cached_cost.cache_clear()
+    monkeypatch.setattr(rules_machine, "trace_step", cheap_trace)
+    rules_machine._cached_cost.cache_clear()
     yield
-    rules_network._cached_cost.cache_clear()
+    rules_machine._cached_cost.cache_clear()

@@ -26,7 +26,7 @@ from autoseg import __version__, commands
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
 from autoseg.errors import DataError, PlanError
-from autoseg.plan import hardware, rules_network
+from autoseg.plan import hardware, rules_machine
 from autoseg.predict import blocks, export
 from autoseg.recipes.training import train_on
 from autoseg.report.terminal import difference
@@ -382,7 +382,7 @@ def test_json_is_one_object_on_stdout_and_nothing_else(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
+    monkeypatch.setattr(rules_machine, "trace_step", cheap_trace)
     monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
     run = shutil.copytree(place / "run", tmp_path / "run")
 
@@ -398,7 +398,7 @@ def test_json_is_one_object_on_stdout_and_nothing_else(
         assert json_of("fingerprint", place / "data")["kind"] == "fingerprint"
         assert json_of("plan", place / "data", "--out", "p.json")["kind"] == "plan"
     finally:
-        rules_network._cached_cost.cache_clear()
+        rules_machine._cached_cost.cache_clear()
     assert json_of("plan", "--diff", place / "plan.json", place / "plan.json") == {}
     assert json_of("train", "--plan", place / "plan.json", "--data", place / "data", "--run", run)["step"] == 2
     assert json_of("train", "--plan", place / "plan.json", "--data", place / "data", "--fast-dev-run") == {
@@ -512,13 +512,13 @@ def test_plan_train_and_evaluate_work_bare_in_a_folder_with_data(
 ) -> None:
     shutil.copytree(place / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
+    monkeypatch.setattr(rules_machine, "trace_step", cheap_trace)
     monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
     monkeypatch.setattr("platform.node", lambda: "rocinante.local")
     try:
         assert call("plan") == 0
     finally:
-        rules_network._cached_cost.cache_clear()
+        rules_machine._cached_cost.cache_clear()
     path = tmp_path / "plans/rocinante.json"
     plan = load_as(path, Plan)
     assert plan.name == "rocinante"

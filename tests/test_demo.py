@@ -9,7 +9,7 @@ import pytest
 from test_planner import TINY, cheap_trace
 
 from autoseg.errors import PlanError
-from autoseg.plan import hardware, make_plan, rules_network
+from autoseg.plan import hardware, make_plan, rules_machine
 from autoseg.recipes import demo
 from autoseg.schema import Plan, Scores, load_as
 
@@ -30,13 +30,13 @@ def test_the_demo_goes_from_nothing_to_scores_and_goes_on_where_it_was(
     monkeypatch.setattr(demo, "TRAINING", TRAINING)
     monkeypatch.setattr(demo, "UNSEEN", UNSEEN)
     monkeypatch.setattr(demo, "make_plan", tiny)
-    monkeypatch.setattr(rules_network, "trace_step", cheap_trace)
+    monkeypatch.setattr(rules_machine, "trace_step", cheap_trace)
     monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
     folder, told, plans = tmp_path / "demo", list[str](), list[Plan]()
     try:
         made = demo.run_demo(folder, tell=told.append, planned=plans.append, budget_s=50.0)
     finally:
-        rules_network._cached_cost.cache_clear()
+        rules_machine._cached_cost.cache_clear()
     assert made is not None
     assert plans == [made.plan]
     assert [text.split()[0] for text in told] == ["making", "making", "scoring"]

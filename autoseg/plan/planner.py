@@ -10,6 +10,7 @@ import msgspec
 
 from autoseg.errors import PlanError
 from autoseg.plan import rules_data as data
+from autoseg.plan import rules_machine as fit
 from autoseg.plan import rules_network as network
 from autoseg.plan import rules_split
 from autoseg.plan import rules_training as training
@@ -68,11 +69,11 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("network.deep_supervision", network.choose_deep_supervision),
     ("loss.kind", network.choose_loss),
     *((f"loss.{name}", functools.partial(network.choose_loss_field, field=name)) for name in _LOSS_FIELDS),
-    ("budget_s", network.choose_budget),
-    ("batch_size", network.choose_batch_size),
-    ("accumulate_batches", network.choose_accumulate),
-    ("num_threads", network.choose_num_threads),
-    ("num_workers", network.choose_num_workers),
+    ("budget_s", fit.choose_budget),
+    ("batch_size", fit.choose_batch_size),
+    ("accumulate_batches", fit.choose_accumulate),
+    ("num_threads", fit.choose_num_threads),
+    ("num_workers", fit.choose_num_workers),
     ("normalization.kind", data.choose_normalization),
     ("normalization.volumes", data.choose_volume_greys),
     ("class_weights", data.choose_class_weights),
@@ -103,9 +104,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("sliding_window.transpose_yx", training.choose_transpose),
     ("decode.thresholds", data.choose_thresholds),
     ("decode.tune_thresholds", data.choose_tuning),
-    ("predicted_memory_bytes", network.choose_memory),
-    ("predicted_ram_bytes", network.choose_ram),
-    ("predicted_step_s", network.choose_step_s),
+    ("predicted_memory_bytes", fit.choose_memory),
+    ("predicted_ram_bytes", fit.choose_ram),
+    ("predicted_step_s", fit.choose_step_s),
 )
 
 
@@ -173,5 +174,5 @@ def _check_class_settings(draft: Draft) -> None:
 def _check_network(draft: Draft) -> None:
     """Refuse a network that cannot be built; what it costs is traced before the plan is complete."""
     edges = {"patch_size_zyx": draft["patch_size_zyx"]}
-    for contradiction in network_contradictions(network.drafted_network(draft), edges):
+    for contradiction in network_contradictions(fit.drafted_network(draft), edges):
         raise PlanError(*contradiction)

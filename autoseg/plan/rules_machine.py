@@ -1,0 +1,179 @@
+"""Rules that ask what fits the machine: time, batch, threads, workers, memory."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from autoseg.errors import PlanError
+from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
+from autoseg.plan.draft import Choice, Draft
+from autoseg.schema import Loss, Network
+
+GIB = 2**30
+VRAM_SHARE = 0.85
+RAM_SHARE = 0.6
+BASE_PROCESS_BYTES = int(0.7 * GIB)
+WORKER_BYTES = int(0.6 * GIB)
+BATCHES_IN_FLIGHT = 3
+MAX_BATCH = {True: 32, False: 4}
+MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
+# Share of a CPU step, its batch included, that the convolutions would take alone at the measured speed of one: the
+# rest is memory traffic, loss and data. Measured on VNC, 4 classes: two cores with AMX (bf16), two with AVX2 (fp32).
+CPU_CONV_SHARE = {"bf16": 0.21, "fp32": 0.9}
+GPU_CONV_SHARE = 0.5  # estimated
+DEFAULT_BUDGET_S = {"cpu": 1800.0, "cuda": 6 * 3600.0}
+
+
+def choose_batch_size(draft: Draft) -> Choice:
+    """Return the largest useful micro-batch that the memory model says fits."""
+    flat = draft["patch_size_zyx"][0] == 1
+    cost = step_cost(draft)
+    wanted, most = _useful_batch(draft, flat)
+    room, name = _room(draft)
+    batch = wanted
+    while batch > 1 and cost.memory_bytes(batch, draft["device"]) > room:
+        batch -= 1
+    need = cost.memory_bytes(batch, draft["device"])
+    if need > room:
+        patch = list(draft["patch_size_zyx"])
+        what = f"one patch of {patch} needs {need / GIB:.1f} GiB of {room / GIB:.1f} GiB of {name}"
+        raise PlanError("batch_size", what, "--set patch_size_zyx to half of it")
+    because = f"{need / GIB:.2f} GiB of the {room / GIB:.1f} GiB of {name} that may be used"
+    return Choice(batch, because + ("" if batch < wanted else f"; {most}"), "traced step")
+
+
+def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
+    """Return the largest batch worth its time, and why no larger one is."""
+    if draft["device"] != "cpu":
+        return MAX_BATCH[flat], f"more than {MAX_BATCH[flat]} would not help"
+    wanted = max(1, round(8 * 128 * 128 / math.prod(draft["patch_size_zyx"]))) if flat else 2
+    patch_s = _step_seconds(draft, 1)
+    if flat and patch_s and draft["budget_s"] and wanted > 4 and draft["budget_s"] / (patch_s * wanted) < MIN_STEPS:
+        steps = draft["budget_s"] / (patch_s * wanted)
+        few = f"{wanted} would leave {steps:.0f} steps in {draft['budget_s']:g} s"
+        return 4, f"{few} (demo, 80 s, one run each, noise unknown: .62 with 8, .65 with 4)"
+    return wanted, f"more than {wanted} would not help"
+
+
+def _room(draft: Draft) -> tuple[int, str]:
+    """Return the bytes that a training step may take, and of what."""
+    if draft["device"] == "cpu":
+        return int(draft.hardware.ram_bytes * RAM_SHARE), "RAM"
+    gpu = draft.hardware.gpus[0]
+    # asking a GPU what is free takes a context, which the memory of a step counts already
+    held = max(0, gpu.memory_bytes - gpu.free_bytes - CUDA_CONTEXT_BYTES)
+    others = f" beside the {held / GIB:.1f} GiB of other processes" if held else ""
+    return int((gpu.memory_bytes - held) * VRAM_SHARE), f"GPU memory{others}"
+
+
+def choose_accumulate(draft: Draft) -> Choice:
+    """Return how many micro-batches make one optimizer step."""
+    wanted = 2 if draft["patch_size_zyx"][0] > 1 else 4
+    number = max(1, math.ceil(wanted / draft["batch_size"]))
+    return Choice(number, f"{number * draft['batch_size']} patches a step (at least {wanted})", "effective batch")
+
+
+def choose_num_threads(draft: Draft) -> Choice:
+    """Return the threads of the training process."""
+    threads = max(1, draft.hardware.cpu_threads)
+    if draft["device"] == "cpu":
+        return Choice(threads, "all threads this process may use", "hardware")
+    return Choice(min(threads, 8), "the GPU computes; a few threads feed it", "hardware")
+
+
+def choose_num_workers(draft: Draft) -> Choice:
+    """Return the loader processes."""
+    if draft["device"] == "cpu":
+        return Choice(
+            0, "a batch costs 8 to 21 % of a step: a worker would take its thread from the network", "measured, CPU"
+        )
+    voxels = math.prod(draft["patch_size_zyx"]) * draft["batch_size"] * draft["accumulate_batches"]
+    batch_bytes = 4 * voxels * (draft["input_slices"] + 1)
+    by_ram = int(draft.hardware.ram_bytes * RAM_SHARE / 2 // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes))
+    by_shm = int(draft.hardware.shm_bytes // (BATCHES_IN_FLIGHT * batch_bytes))
+    workers = max(0, min(8, draft.hardware.cpu_threads - 2, by_ram, by_shm))
+    because = f"{draft.hardware.cpu_threads} threads; RAM allows {by_ram}, /dev/shm {by_shm}"
+    return Choice(workers, because, "hardware")
+
+
+def choose_memory(draft: Draft) -> Choice:
+    """Return the predicted peak of the training step, in bytes."""
+    cost = step_cost(draft)
+    value = cost.memory_bytes(draft["batch_size"], draft["device"])
+    room, name = _room(draft)
+    if value > room:
+        what = f"{draft['batch_size']} patches need {value / GIB:.1f} GiB, {room / GIB:.1f} GiB of {name} may be used"
+        fits = max(1, (room - cost.fixed_bytes) // max(1, cost.memory_bytes(1, draft["device"]) - cost.fixed_bytes))
+        raise PlanError("batch_size", what, f"--set batch_size={fits}, and accumulate_batches for the rest")
+    because = f"{cost.num_parameters / 1e6:.1f} M parameters; {cost.patch_bytes / 2**20:.0f} MiB a patch"
+    guess = "" if draft["device"] == "cpu" else "; 10 % and 0.6 GiB on top, estimated"
+    return Choice(value, because, f"traced under FakeTensorMode{guess}")
+
+
+def choose_ram(draft: Draft) -> Choice:
+    """Return the predicted host memory, in bytes."""
+    on_host = draft["predicted_memory_bytes"] if draft["device"] == "cpu" else 0
+    workers = draft["num_workers"] * WORKER_BYTES
+    because = f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {draft['num_workers']} workers + the step on the CPU"
+    return Choice(BASE_PROCESS_BYTES + workers + on_host, because, "measured: 0.8 GiB at peak, VNC plan")
+
+
+def choose_step_s(draft: Draft) -> Choice:
+    """Return the predicted seconds of an optimizer step, None where this machine's speed is unknown."""
+    speed = _conv_gflops(draft)
+    if speed is None:
+        because = f"the speed of this machine in {draft['precision']} on {draft['device']} was not measured"
+        return Choice(None, because, "hardware")
+    patches = draft["batch_size"] * draft["accumulate_batches"]
+    because = f"{patches * step_cost(draft).patch_flops / 1e9:.0f} Gflop at {speed:.0f} Gflop/s, convolutions being "
+    because += f"{_conv_share(draft):.0%} of a step"
+    origin = "measured on VNC" if draft["device"] == "cpu" else "estimated"
+    return Choice(_step_seconds(draft, patches), because, f"measured convolution; its share is {origin}")
+
+
+def _step_seconds(draft: Draft, patches: int) -> float | None:
+    """Return the predicted seconds of a step of so many patches, None where the speed is unknown."""
+    speed = _conv_gflops(draft)
+    return None if speed is None else patches * step_cost(draft).patch_flops / (speed * 1e9) / _conv_share(draft)
+
+
+def _conv_gflops(draft: Draft) -> float | None:
+    """Return the speed of a convolution on the plan's device, None where another device was measured."""
+    measured = "cuda" if draft.hardware.gpus else "cpu"
+    return (draft.hardware.conv_gflops or {}).get(draft["precision"]) if draft["device"] == measured else None
+
+
+def _conv_share(draft: Draft) -> float:
+    return CPU_CONV_SHARE.get(draft["precision"], 1.0) if draft["device"] == "cpu" else GPU_CONV_SHARE
+
+
+def choose_budget(draft: Draft) -> Choice:
+    """Return the seconds of training."""
+    if draft.settings.get("optimizer.num_steps"):
+        return Choice(None, "optimizer.num_steps is set instead", "user")
+    hours = DEFAULT_BUDGET_S[draft["device"]] / 3600
+    return Choice(DEFAULT_BUDGET_S[draft["device"]], f"no --budget given: {hours:g} h on this device", "default")
+
+
+def drafted_network(draft: Draft) -> Network:
+    """Return the network as decided, whether it can be built or not."""
+    return Network(**{name: draft[f"network.{name}"] for name in Network.__struct_fields__})
+
+
+def step_cost(draft: Draft) -> StepCost:
+    """Return the traced cost of the drafted step."""
+    loss = Loss(**{name: draft[f"loss.{name}"] for name in Loss.__struct_fields__})
+    key = (msgspec.json.encode(drafted_network(draft)), msgspec.json.encode(loss))
+    patch = tuple(draft["patch_size_zyx"])
+    return _cached_cost(key, draft["input_slices"], len(draft["classes"]), patch, draft["precision"])
+
+
+@lru_cache(maxsize=32)
+def _cached_cost(key: Any, slices: int, num_classes: int, patch: Any, precision: str) -> StepCost:
+    network = msgspec.json.decode(key[0], type=Network)
+    loss = msgspec.json.decode(key[1], type=Loss)
+    return trace_step(network, slices, num_classes, patch, precision, loss)
