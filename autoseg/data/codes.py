@@ -49,9 +49,9 @@ from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
 from autoseg.schema import write_atomically
 
-CODES_VERSION = 2
+CODES_VERSION = 3
 ATTEMPTS = 10
-DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, OverflowError)
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 DELETING = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)  # what a cache that is deleted meanwhile looks like
 
 
@@ -70,7 +70,8 @@ class _Stored(NamedTuple):
 class CropCodes(NamedTuple):
     """The annotation of one crop at one voxel size, and the voxels of each code.
 
-    `logic` is what completed it, None if the states are those annotated.
+    `logic` is what completed it, None if the states are those annotated. `undeclared`: of the crop's own codes, the
+    voxels by class whose value its annotation does not declare; they are present.
     """
 
     grid: Grid
@@ -81,7 +82,8 @@ class CropCodes(NamedTuple):
     folder: Path
     stored_codes: _Stored
     stored_counts: _Stored
-    logic: Logic | None
+    undeclared: dict[str, int]
+    logic: Logic | None = None
 
     @property
     def codes_ZYX(self) -> NDArray[Any]:
@@ -187,7 +189,8 @@ def _read_entry(entry: _Entry) -> CropCodes:
         raise ValueError(f"dtypes {codes.dtype}, {counts.dtype}")
     if histogram.shape != (len(states),) or (histogram < 1).any() or histogram.sum() != math.prod(grid.shape_zyx):
         raise ValueError(f"{histogram.sum()} voxels are counted instead of {math.prod(grid.shape_zyx)}")
-    return CropCodes(grid, names, states, histogram, crop, folder, codes, counts, None)
+    undeclared = {str(name): int(n) for name, n in table["undeclared"].items()}
+    return CropCodes(grid, names, states, histogram, crop, folder, codes, counts, undeclared)
 
 
 def _header(path: Path) -> _Stored:
@@ -232,7 +235,7 @@ def _content_key(crop: Crop) -> bytes:
     """Return a digest of what its values mean, where the annotation lies, and name, size and time of its files."""
     digest = hashlib.sha256(repr((CODES_VERSION, crop.grid)).encode())
     for label in crop.labels:
-        digest.update(repr((label.name, label.instance, label.absent, label.unknown)).encode())
+        digest.update(repr((label.name, label.instance, label.absent, label.unknown, label.present)).encode())
         digest.update(str(label.path.resolve()).encode())
         try:
             digest.update(repr(sorted(_files(str(label.path), ""))).encode())
@@ -287,5 +290,11 @@ def _build(entry: _Entry, folder: Path, encode: Callable[[CodeWriter], None]) ->
     writer = CodeWriter(folder, entry.grid.shape_zyx, entry.crop.name)
     encode(writer)
     states, histogram = writer.finish()
-    table = {"crop": entry.crop.name, "names": entry.names, "states": states.tolist(), "voxels": histogram.tolist()}
+    table = {
+        "crop": entry.crop.name,
+        "names": entry.names,
+        "states": states.tolist(),
+        "voxels": histogram.tolist(),
+        "undeclared": writer.undeclared,
+    }
     write_atomically(folder / "table.json", json.dumps(table).encode())
