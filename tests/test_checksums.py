@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from strategies import crop_path, em_path, listing, write_label, write_multiscale
 
 from autoseg.data import store
+from autoseg.data.classes import PRESENT
 from autoseg.data.codes import open_codes
-from autoseg.data.dataset import Crop, Dataset, open_dataset
+from autoseg.data.dataset import Crop, Dataset, complement_counts, open_dataset
 from autoseg.data.em import EmReader
 from autoseg.data.integrity import find_missing, pin
 from autoseg.data.store import sidecar
@@ -393,6 +395,44 @@ def test_a_lost_label_chunk_is_found_by_its_counts(tmp_path: Path) -> None:
     (item,) = [item for item in fingerprint(data, tmp_path / "cache").findings if "unknown voxels" in item.what]
     assert "mito" in item.what
     assert "1 of its 8 chunks are not stored" in item.what
+
+
+def test_values_that_no_encoding_declares_are_counted_and_told(tmp_path: Path) -> None:
+    """They count as present; whole blocks of one value, blocks of many and chunks not stored are counted alike."""
+    data = write_data(tmp_path / "data")
+    crop = crop_path(data, "a", "crop2")
+    values = np.zeros((8, 64, 200), np.uint8)
+    grid = Grid(values.shape, EM_GRID.voxel_size_nm, EM_GRID.origin_nm)
+    shutil.rmtree(crop)
+    values[:, :20], values[:, 20:24], values[4:, :, 128:], values[:, 40:50, :9] = 1, 7, 9, 255
+    write_label(
+        crop, "mito", values, grid, unknown=255, counted_unknown=int((values == 255).sum()), chunk_zyx=(4, 64, 64)
+    )
+    write_label(crop, "pm", values, grid, unknown=255, instance=True, chunk_zyx=(4, 64, 64))
+    write_label(crop, "er", np.minimum(values, 1), grid, chunk_zyx=(4, 64, 64))
+    dataset = open_dataset(data)
+    found = [item for item in findings(dataset, tmp_path / "cache") if item[1] == "undeclared"]
+    odd = int(np.isin(values, (7, 9)).sum())
+    assert found == [("a/crop2", "undeclared", {"voxels": odd})]
+    codes = open_codes(dataset.crop("a/crop2"), grid.voxel_size_nm, tmp_path / "cache")
+    present = codes.states_CK[codes.codes_ZYX][..., codes.names.index("mito")] == PRESENT
+    assert np.array_equal(present, (values != 0) & (values != 255))
+    (item,) = [item for item in fingerprint(data, tmp_path / "cache").findings if item.kind == "undeclared"]
+    assert f"mito has {odd:,} voxels of other values than its encoding declares (0, 1, 255)" in item.what
+
+
+def test_unknown_voxels_that_were_counted_but_have_no_value_are_told(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    mito = crop_path(data, "a", "crop2") / "mito"
+    for path in (mito / ".zattrs", mito / "s0/.zattrs"):
+        attributes = json.loads(path.read_text())
+        encoding = attributes["cellmap"]["annotation"]["annotation_type"]["encoding"]
+        encoding.pop("unknown")
+        path.write_text(json.dumps(attributes))
+    counted = complement_counts(open_dataset(data).crop("a/crop2").labels[0])["unknown"]
+    assert counted > 0
+    found = [item for item in findings(open_dataset(data), tmp_path / "cache") if item[1] == "undeclared"]
+    assert ("a/crop2", "undeclared", {"counted": counted}) in found
 
 
 def test_em_outside_and_em_never_fetched_are_told_with_their_share(tmp_path: Path) -> None:

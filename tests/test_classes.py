@@ -20,6 +20,7 @@ from autoseg.schema import ClassEntry, ClassTable, encode, write_atomically
 
 Row = dict[str, int]
 Case = tuple[ClassTable, NDArray[np.uint8]]
+OFFICIAL = ("golgi_mem", "golgi_lum", "er_mem", "pm", "ribo")
 INSTANCES = {"nuc", "vim", "ves", "endo", "lyso", "ld", "perox", "mito", "np", "mt", "cell"}
 
 # ---- the slow and obvious reference -------------------------------------------------------------------------
@@ -43,8 +44,8 @@ class Reference:
     def exclude(self, a: str, b: str) -> bool:
         if any(a in group and b in group and a != b for group in self.disjoint):
             return True
-        numbered = self.entries[a].id is not None and self.entries[b].id is not None
-        return numbered and a != b and not self.atoms[a] & self.atoms[b]
+        official = all(self.entries[name] in cellmap_table().classes for name in (a, b))
+        return official and a != b and not self.atoms[a] & self.atoms[b]
 
     def follows(self, facts: set[tuple[str, int]]) -> set[tuple[str, int]]:
         """Return everything that one rule, applied once, says of any class."""
@@ -75,13 +76,17 @@ class Reference:
 
 @st.composite
 def tables(draw: st.DrawFn) -> ClassTable:
-    """Return a table of atoms, composites of earlier classes (nested, sharing parts), and disjoint groups."""
-    num_atoms = draw(st.integers(1, 5))
-    entries = [ClassEntry(name=f"a{i}", id=draw(st.sampled_from([None, i]))) for i in range(num_atoms)]
+    """Return a table of atoms, composites of earlier classes (nested, sharing parts), and disjoint groups.
+
+    Some are the challenge's, some bear its names or a number alone.
+    """
+    atoms = select(cellmap_table(), draw(st.permutations(OFFICIAL))[: draw(st.integers(1, 5))])
+    entries = [draw(st.sampled_from([entry, ClassEntry(name=entry.name)])) for entry in atoms]
+    entries += [golgi for golgi in select(cellmap_table(), ["golgi"]) if {*golgi.components} <= {a.name for a in atoms}]
     for i in range(draw(st.integers(0, 4))):
         names = [entry.name for entry in entries]
         parts = draw(st.lists(st.sampled_from(names), min_size=1, max_size=4, unique=True))
-        entries.append(ClassEntry(name=f"c{i}", id=draw(st.sampled_from([None, 50 + i])), components=tuple(parts)))
+        entries.append(ClassEntry(name=f"c{i}", id=draw(st.sampled_from([None, 150 + i])), components=tuple(parts)))
     entries = draw(st.permutations(entries))
     names = [entry.name for entry in entries]
     group = st.lists(st.sampled_from(names), min_size=2, max_size=3, unique=True).map(tuple)
@@ -519,6 +524,28 @@ def test_a_data_set_defines_sets_of_its_own(tmp_path: Path) -> None:
 def test_a_wrong_set_is_refused(tmp_path: Path, sets: dict[str, tuple[str, ...]], message: str) -> None:
     write_atomically(tmp_path / "classes.json", encode(ClassTable(classes=(), sets=sets)))
     with pytest.raises(DataError, match=message):
+        table_of(tmp_path)
+
+
+def test_a_class_of_ones_own_excludes_none_though_it_has_a_number(tmp_path: Path) -> None:
+    own = ClassTable(classes=(ClassEntry(name="synapse", id=100), ClassEntry(name="mito", id=50)))
+    write_atomically(tmp_path / "classes.json", encode(own))
+    table = table_of(tmp_path)
+    assert completed(table, synapse=PRESENT) == {"synapse": PRESENT}
+    assert "mito_mem" not in completed(table, mito=PRESENT), "without its parts it is no longer the challenge's"
+    assert completed(table, er_mem=PRESENT)["ecs"] == ABSENT, "others are"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ((ClassEntry(name="mitochondria", id=50),), "id 50 is of mito and of mitochondria: give one of them another"),
+        ((ClassEntry(name="x", id=100), ClassEntry(name="y", id=100)), "id 100 is of x and of y"),
+    ],
+)
+def test_two_classes_of_one_id_are_refused(tmp_path: Path, entries: tuple[ClassEntry, ...], message: str) -> None:
+    write_atomically(tmp_path / "classes.json", encode(ClassTable(classes=entries)))
+    with pytest.raises(DataError, match=f"classes.json: {message}"):
         table_of(tmp_path)
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import crop_path, em_path, listing, shapes, write_label, write_multiscale
+from test_classes import tables
 
 from autoseg.data import codes as codes_module
 from autoseg.data import coding, store
-from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
+from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic
 from autoseg.data.codes import CropCodes, default_cache, index_blocks, open_codes
 from autoseg.data.dataset import Crop, open_dataset
 from autoseg.data.resample import resample
@@ -66,6 +68,11 @@ def write_crop(
 
 def write_classes(root: Path, names: list[str]) -> None:
     (root / "classes.json").write_bytes(encode(ClassTable(classes=tuple(ClassEntry(name=name) for name in names))))
+
+
+def plain(crop: Crop) -> Logic:
+    """Return logic by which nothing follows from any class of the crop."""
+    return Logic(ClassTable(classes=tuple(ClassEntry(name=label.name) for label in crop.labels)))
 
 
 def decoded(codes: CropCodes) -> States:
@@ -214,10 +221,10 @@ def test_a_chunk_that_was_never_stored_is_absent(tmp_path: Path) -> None:
 def test_built_in_blocks_equals_built_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crop, _ = write_crop(tmp_path / "data", (17, 70, 90), chunk=(9, 13, 31))
     for size in (SIZE_NM, (8.0, 6.0, 4.0)):
-        whole = open_codes(crop, size, tmp_path / "whole")
+        whole = open_codes(crop, size, tmp_path / "whole", plain(crop))
         monkeypatch.setattr(coding, "LEAST_BLOCK", (4, 4, 4))
         monkeypatch.setattr(coding, "COARSE_BLOCK", (10, 20, 30))
-        in_blocks = open_codes(crop, size, tmp_path / "blocks")
+        in_blocks = open_codes(crop, size, tmp_path / "blocks", plain(crop))
         monkeypatch.undo()
         first, second = decoded(whole), decoded(in_blocks)
         for name in whole.names:
@@ -243,14 +250,14 @@ def coarse_by_loops(states: NDArray[np.uint8], factor: VoxelsZYX) -> NDArray[np.
 
 def test_label_arrays_are_read_once_for_all_voxel_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crop, _ = write_crop(tmp_path / "data", (8, 16, 16))
-    expected = decoded(open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "one"))
+    expected = decoded(open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "one", plain(crop)))
 
     def unreadable(*_: Any) -> None:
         raise AssertionError("read again")
 
     open_codes(crop, SIZE_NM, tmp_path / "two")
     monkeypatch.setattr(codes_module, "encode_labels", unreadable)
-    found = decoded(open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "two"))
+    found = decoded(open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "two", plain(crop)))
     for name, states in expected.items():
         np.testing.assert_array_equal(found[name], states)
 
@@ -277,7 +284,7 @@ def test_any_other_voxel_size_follows_the_same_rule(
     crop, truth = write_crop(tmp_path / "data", shape, block)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coding, "COARSE_BLOCK", (block, block, block))
-        codes = open_codes(crop, size, tmp_path / "cache")
+        codes = open_codes(crop, size, tmp_path / "cache", plain(crop))
     found = decoded(codes)
     for name, states in truth.items():
         np.testing.assert_array_equal(found[name], by_shares(states, crop.grid, codes.grid), err_msg=name)
@@ -292,11 +299,67 @@ def test_coarser_is_present_where_it_fills_half_of_what_is_known(
     tmp_path = tmp_path_factory.mktemp("coarse")
     crop, truth = write_crop(tmp_path / "data", shape, seed)
     size = (4.0 * factor[0], 4.0 * factor[1], 4.0 * factor[2])
-    codes = open_codes(crop, size, tmp_path / "cache")
+    codes = open_codes(crop, size, tmp_path / "cache", plain(crop))
     found = decoded(codes)
     for name, states in truth.items():
         np.testing.assert_array_equal(found[name], coarse_by_loops(states, factor), err_msg=name)
     check_counts(codes)
+
+
+@settings(max_examples=40)
+@given(
+    table=tables(),
+    shape=shapes(6),
+    factor=st.tuples(*[st.integers(1, 3)] * 3).filter(lambda factor: factor != (1, 1, 1)),
+    data=st.data(),
+)
+def test_what_follows_is_coarsened_like_what_was_annotated(
+    tmp_path_factory: pytest.TempPathFactory,
+    table: ClassTable,
+    shape: VoxelsZYX,
+    factor: VoxelsZYX,
+    data: st.DataObject,
+) -> None:
+    """Every class at every coarse voxel, derived or annotated: half of what is known of it in the voxels there."""
+    root, rng = tmp_path_factory.mktemp("derived"), np.random.default_rng(data.draw(st.integers(0, 9)))
+    logic, grid = Logic(table), Grid(shape, SIZE_NM, (0.0, 0.0, 0.0))
+    annotated = sorted(data.draw(st.sets(st.sampled_from(logic.names), min_size=1)))
+    write_multiscale(em_path(root, "a"), [(grid, np.ones(shape, np.uint8))])
+    labels = np.stack([rng.choice([ABSENT, ABSENT, PRESENT, UNKNOWN], shape).astype(np.uint8) for _ in annotated])
+    for name, values in zip(annotated, labels, strict=True):
+        write_label(crop_path(root, "a", "crop1"), name, values, grid, unknown=UNKNOWN)
+    (root / "classes.json").write_bytes(encode(table))
+    (crop,) = open_dataset(root).crops
+    size = (4.0 * factor[0], 4.0 * factor[1], 4.0 * factor[2])
+    codes = open_codes(crop, size, root / "cache", logic)
+    check_counts(codes)
+    found, fine = decoded(codes), decoded(open_codes(crop, SIZE_NM, root / "cache", logic))
+    completed, _ = logic.complete(logic.rows(labels.reshape(len(annotated), -1).T, annotated))
+    for k, name in enumerate(logic.names):
+        np.testing.assert_array_equal(fine[name], completed[:, k].reshape(shape), err_msg=name)
+        np.testing.assert_array_equal(found[name], coarse_by_loops(fine[name], factor), err_msg=name)
+
+
+@pytest.mark.parametrize("size", [8.0, 16.0])
+def test_a_composite_fills_the_coarse_voxel_that_none_of_its_parts_fills(tmp_path: Path, size: float) -> None:
+    root, shape = tmp_path / "data", (8, 8, 8)
+    grid, third = Grid(shape, SIZE_NM, (0.0, 0.0, 0.0)), np.arange(512).reshape(shape) % 3
+    write_multiscale(em_path(root, "a"), [(grid, np.ones(shape, np.uint8))])
+    parts = ("mito_mem", "mito_lum", "mito_ribo")
+    for i, name in enumerate(parts):
+        write_label(crop_path(root, "a", "crop1"), name, (third == i).astype(np.uint8), grid)
+    dataset = open_dataset(root)
+    found = decoded(open_codes(dataset.crops[0], (size,) * 3, tmp_path / "cache", Logic(dataset.table)))
+    assert (found["mito"] == PRESENT).all()
+    assert all((found[name] == ABSENT).any() for name in parts)
+    assert (found["ecs"] == ABSENT).all()
+
+
+def test_coarse_states_without_logic_are_refused(tmp_path: Path) -> None:
+    """Whoever got them would draw conclusions from them that do not hold."""
+    crop, _ = write_crop(tmp_path / "data", (4, 8, 8))
+    with pytest.raises(ValueError, match=r"a/crop1 at .* needs logic"):
+        open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "cache")
 
 
 def test_a_membrane_one_voxel_thick_survives_halving(tmp_path: Path) -> None:
@@ -307,14 +370,15 @@ def test_a_membrane_one_voxel_thick_survives_halving(tmp_path: Path) -> None:
     membrane = np.zeros(shape, np.uint8)
     membrane[:, 3, :] = 1
     write_label(crop_path(root, "a", "crop1"), "pm", membrane, grid)
-    codes = open_codes(open_dataset(root).crops[0], (4.0, 8.0, 8.0), tmp_path / "cache")
+    (crop,) = open_dataset(root).crops
+    codes = open_codes(crop, (4.0, 8.0, 8.0), tmp_path / "cache", plain(crop))
     assert decoded(codes)["pm"][0].tolist() == [[0] * 4, [1] * 4, [0] * 4, [0] * 4]
     assert codes.grid.origin_nm == (0.0, 2.0, 2.0)
 
 
 def test_a_finer_voxel_size_repeats_labels(tmp_path: Path) -> None:
     crop, truth = write_crop(tmp_path / "data", (2, 3, 4))
-    codes = open_codes(crop, (2.0, 4.0, 1.0), tmp_path / "cache")
+    codes = open_codes(crop, (2.0, 4.0, 1.0), tmp_path / "cache", plain(crop))
     for name, states in truth.items():
         np.testing.assert_array_equal(decoded(codes)[name], states.repeat(2, axis=0).repeat(4, axis=2))
 
@@ -340,17 +404,27 @@ def test_a_second_opening_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     codes = open_codes(crop, SIZE_NM, tmp_path / "cache")
     assert np.array_equal(decoded(codes)["mito"], truth["mito"])
     with pytest.raises(AssertionError, match="built again"):
-        open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "cache")
+        open_codes(crop, (8.0, 8.0, 8.0), tmp_path / "cache", plain(crop))
 
 
-def test_another_class_table_rebuilds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "data"
-    crop, _ = write_crop(root, (4, 8, 8))
-    open_codes(crop, SIZE_NM, tmp_path / "cache")
-    own = ClassTable(classes=(ClassEntry(name="mito"), ClassEntry(name="ids", components=("mito", "part"))))
-    (root / "classes.json").write_bytes(encode(own))
+def test_another_class_table_reads_no_label_array_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was annotated stays; what follows from it at another voxel size is made anew, and both are kept."""
+    root, cache, coarse = tmp_path / "data", tmp_path / "cache", (8.0, 8.0, 8.0)
+    crop, truth = write_crop(root, (4, 8, 8))
+    open_codes(crop, coarse, cache, plain(crop))
+    parts = ClassEntry(name="ids"), ClassEntry(name="part")
+    whole = Logic(ClassTable(classes=(*parts, ClassEntry(name="whole", components=("ids", "part")))))
+    with monkeypatch.context() as patch:
+        patch.setattr(codes_module, "encode_labels", lambda *_: pytest.fail("labels were read again"))
+        own, other = open_codes(crop, SIZE_NM, cache, whole), open_codes(crop, coarse, cache, whole)
+    assert len(entries(cache)) == 3
+    present = (truth["ids"] == PRESENT) | (truth["part"] == PRESENT)
+    assert np.array_equal(decoded(own)["whole"] == PRESENT, present)
+    assert other.names == ("ids", "part", "whole")
     forbid_building(monkeypatch)
-    open_codes(open_dataset(root).crops[0], SIZE_NM, tmp_path / "cache")
+    for logic in (plain(crop), whole):
+        open_codes(crop, SIZE_NM, cache, logic)
+        open_codes(crop, coarse, cache, logic)
 
 
 def test_a_changed_chunk_is_seen(tmp_path: Path) -> None:
@@ -384,7 +458,7 @@ def test_nothing_is_ever_written_into_data(tmp_path: Path) -> None:
     before = listing(root)
     (crop,) = open_dataset(root).crops
     for size in (SIZE_NM, (8.0, 8.0, 8.0)):
-        codes = open_codes(crop, size, tmp_path / "cache")
+        codes = open_codes(crop, size, tmp_path / "cache", plain(crop))
         assert codes.codes_ZYX.size
     assert listing(root) == before
     with pytest.raises(ValueError, match="read-only"):
@@ -413,7 +487,7 @@ def _open_at_the_same_time(root: str, cache: str, barrier: Any, results: Any) ->
 
     codes_module._build = counted
     barrier.wait(60)
-    codes = open_codes(crop, (8.0, 8.0, 8.0), Path(cache))
+    codes = open_codes(crop, (8.0, 8.0, 8.0), Path(cache), plain(crop))
     results.put((len(built), codes.names, int(codes.codes_ZYX.sum()), codes.histogram_C.tolist()))
 
 
@@ -479,6 +553,84 @@ def test_a_cache_may_be_removed_while_it_is_in_use(tmp_path: Path) -> None:
         decoded(codes)
 
 
+def test_completed_coarse_codes_survive_the_removal_of_their_cache(tmp_path: Path) -> None:
+    crop, _ = write_crop(tmp_path / "data", (5, 20, 70))
+    logic = Logic(ClassTable(classes=(ClassEntry(name="mito"), ClassEntry(name="whole", components=("mito",)))))
+    for size in (SIZE_NM, (8.0, 8.0, 8.0)):
+        codes = open_codes(crop, size, tmp_path / "cache", logic)
+        before = decoded(codes)
+        shutil.rmtree(tmp_path / "cache")
+        assert np.array_equal(decoded(codes)["whole"], before["whole"])
+
+
+def _use_a_cache(root: str, cache: str, seconds: float, deletes: bool, results: Any) -> None:
+    (crop,) = open_dataset(Path(root)).crops
+    end, sums, logic = time.monotonic() + seconds, set(), plain(crop)
+    while time.monotonic() < end:
+        if deletes:
+            time.sleep(0.3)
+            shutil.rmtree(cache, ignore_errors=True)
+        else:
+            for edge in (4.0, 8.0):
+                codes = open_codes(crop, (edge, edge, edge), Path(cache), logic)
+                states = codes.states_CK[codes.codes_ZYX]  # the order of codes may differ, what they say may not
+                sums.add((edge, int(states.astype(np.int64).sum())))
+    results.put(sorted(sums))
+
+
+def test_deleting_the_cache_is_safe_while_others_use_it(tmp_path: Path) -> None:
+    write_crop(tmp_path / "data", (8, 32, 32))
+    spawn = multiprocessing.get_context("spawn")
+    results, arguments = spawn.Queue(), (str(tmp_path / "data"), str(tmp_path / "cache"), 4.0)
+    processes = [spawn.Process(target=_use_a_cache, args=(*arguments, i == 0, results)) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    found = sorted(results.get(timeout=10) for _ in processes)
+    assert found[0] == []
+    assert found[1] == found[2]
+    assert len(found[1]) == 2
+
+
+def test_an_entry_that_is_being_deleted_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The race made certain: gone after it was found, gone while it is built, gone while it is locked."""
+    crop, truth = write_crop(tmp_path / "data", (4, 8, 8))
+    cache = tmp_path / "cache"
+    open_codes(crop, SIZE_NM, cache)
+    for module, name in ((codes_module, "_read_entry"), (codes_module, "_build"), (sidecar, "_locked")):
+        real = getattr(module, name)
+
+        def deleted(*arguments: Any, real: Any = real, module: Any = module, name: str = name) -> Any:
+            monkeypatch.setattr(module, name, real)
+            shutil.rmtree(cache)
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, deleted)
+        assert np.array_equal(decoded(open_codes(crop, SIZE_NM, cache))["mito"], truth["mito"])
+        shutil.rmtree(cache / "codes")
+        cache.mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("gone", ["codes.npy", "counts.npy", "table.json"])
+def test_an_entry_of_which_a_part_was_deleted_is_built_again(tmp_path: Path, gone: str) -> None:
+    crop, truth = write_crop(tmp_path / "data", (4, 8, 8))
+    (open_codes(crop, SIZE_NM, tmp_path / "cache").folder / gone).unlink()
+    assert np.array_equal(decoded(open_codes(crop, SIZE_NM, tmp_path / "cache"))["mito"], truth["mito"])
+
+
+def test_others_may_read_a_cache_that_they_share(tmp_path: Path) -> None:
+    crop, _ = write_crop(tmp_path / "data", (4, 8, 8))
+    before = os.umask(0o027)
+    try:
+        codes = open_codes(crop, SIZE_NM, tmp_path / "cache")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (codes.folder, *codes.folder.iterdir())}
+    assert modes == {codes.folder.name: 0o750, "codes.npy": 0o640, "counts.npy": 0o640, "table.json": 0o644}
+
+
 def test_an_open_crop_holds_no_file(tmp_path: Path) -> None:
     crop, _ = write_crop(tmp_path / "data", (5, 20, 70))
     open_codes(crop, SIZE_NM, tmp_path / "cache")
@@ -514,7 +666,6 @@ def other_table(path: Path, **changes: Any) -> None:
 DAMAGE = {
     "codes truncated": lambda entry: truncate(entry / "codes.npy"),
     "codes empty": lambda entry: (entry / "codes.npy").write_bytes(b""),
-    "codes gone": lambda entry: (entry / "codes.npy").unlink(),
     "codes of another shape": lambda entry: np.save(entry / "codes.npy", np.zeros((2, 2, 2), np.uint8)),
     "codes pickled": lambda entry: np.save(entry / "codes.npy", np.array([{}]), allow_pickle=True),
     "counts truncated": lambda entry: truncate(entry / "counts.npy"),
@@ -526,7 +677,6 @@ DAMAGE = {
         (entry / "codes.npy").read_bytes() + b"more"
     ),
     "table a list": lambda entry: (entry / "table.json").write_text("[1]"),
-    "table gone": lambda entry: (entry / "table.json").unlink(),
     "table without states": lambda entry: (entry / "table.json").write_text('{"names": []}'),
     "states ragged": lambda entry: other_table(entry / "table.json", states=[[0], [1, 2]]),
     "states out of range": lambda entry: other_table(entry / "table.json", states=[[-1]]),

@@ -320,7 +320,7 @@ def test_an_annotation_encoding_that_is_not_integers_is_named(tmp_path: Path) ->
     label = crop_path(tmp_path, "a", "crop1") / "er"
     kind = {"type": "semantic_segmentation", "encoding": {"absent": "zero"}}
     store.write_attributes(label, {"cellmap": {"annotation": {"annotation_type": kind}}})
-    assert "values of absent and unknown are integers" in refusal(tmp_path)
+    assert "values of absent, present and unknown are integers" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cellmap", "annotation", "annotation_type", "encoding"])
@@ -330,7 +330,8 @@ def test_a_missing_or_odd_annotation_block_means_the_usual_encoding(tmp_path: Pa
     odd: Any = "odd"
     for key in ["encoding", "annotation_type", "annotation", "cellmap"]:
         odd = {key: odd} if key == damage or isinstance(odd, dict) else odd
-    store.write_attributes(label, odd)
+    for group in (label, label / "s0"):
+        store.write_attributes(group, odd)
     found = open_dataset(tmp_path).crops[0].labels[0]
     assert (found.instance, found.absent, found.unknown) == (False, 0, None)
 
@@ -343,6 +344,84 @@ def test_a_crop_without_em_is_named(tmp_path: Path) -> None:
     assert item.name == "a/crop1"
     assert "no EM" in item.why
     assert list(dataset.volumes) == ["b"]
+
+
+@pytest.mark.parametrize("place", ["x", "x/x.zarr", "x/x.zarr/recon-1/labels", f"x/x.zarr/{GROUNDTRUTH}/crop1"])
+def test_links_that_lead_nowhere_are_left_out_and_named(tmp_path: Path, place: str) -> None:
+    write_data(tmp_path, crops=6)
+    link = tmp_path / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / "gone")
+    dataset = open_dataset(tmp_path)
+    assert len(dataset.crops) == 6
+    (item,) = dataset.left_out
+    assert item.name == place
+    assert item.why == f"{place}: is a link to {tmp_path}/gone, which is not there: restore that, or remove the link"
+    for i in (1, 2, 3):
+        shutil.rmtree(crop_path(tmp_path, "a", f"crop{i}"))
+    assert "1 of 4 crops cannot be used" in refusal(tmp_path)
+    (tmp_path / "datasplit.csv").write_text(row("train", "crop4"))
+    assert open_dataset(tmp_path).left_out == (), "what no line lists is not meant"
+
+
+def test_a_class_folder_that_is_a_link_to_nowhere_takes_its_crop_along(tmp_path: Path) -> None:
+    """It was annotated: that it is unknown would be wrong."""
+    write_data(tmp_path, crops=6)
+    mito = crop_path(tmp_path, "a", "crop2") / "mito"
+    shutil.rmtree(mito)
+    mito.symlink_to(tmp_path / "gone")
+    dataset = open_dataset(tmp_path)
+    (item,) = dataset.left_out
+    assert item.name == "a/crop2"
+    assert "crop2/mito: is a link to" in item.why
+    assert len(dataset.crops) == 5
+
+
+def test_crops_of_a_zarr_that_is_called_other_than_its_folder_are_left_out_and_named(tmp_path: Path) -> None:
+    write_data(tmp_path, crops=8)
+    write_data(tmp_path, "b", crops=2)
+    (tmp_path / "b/b.zarr").rename(tmp_path / "b/volume.zarr")
+    dataset = open_dataset(tmp_path)
+    inner = f"b/volume.zarr/{GROUNDTRUTH}"
+    assert [item.name for item in dataset.left_out] == [f"{inner}/crop1", f"{inner}/crop2"]
+    assert dataset.left_out[0].why.endswith("lies in volume.zarr of the folder b: name both alike, or move it away")
+    shutil.rmtree(crop_path(tmp_path, "a", "crop8"))
+    assert "2 of 9 crops cannot be used" in refusal(tmp_path)
+
+
+def test_an_annotation_that_stands_only_on_the_array_is_read(tmp_path: Path) -> None:
+    mito = crop_path(write_data(tmp_path), "a", "crop1") / "mito"
+    attributes = json.loads((mito / ".zattrs").read_text())
+    del attributes["cellmap"]
+    (mito / ".zattrs").write_text(json.dumps(attributes))
+    label = open_dataset(tmp_path).crops[0].labels[1]
+    assert (label.name, label.absent, label.unknown, label.present) == ("mito", 0, 255, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_labels_that_are_no_whole_numbers_are_refused(tmp_path: Path, dtype: Any) -> None:
+    """NaN, or 0.3 of a resampled mask, would be present."""
+    write_data(tmp_path)
+    shutil.rmtree(crop_path(tmp_path, "a", "crop1") / "mito")
+    write_label(crop_path(tmp_path, "a", "crop1"), "mito", MASK.astype(dtype), GRID)
+    assert f"mito/s0: holds {np.dtype(dtype)}: store labels as whole numbers" in refusal(tmp_path)
+
+
+def test_a_crop_number_of_two_volumes_is_told_once_and_is_no_alarm(tmp_path: Path) -> None:
+    write_data(tmp_path, crops=2)
+    write_data(tmp_path, "b", crops=3)
+    (item,) = [item for item in fingerprint(tmp_path, tmp_path / "cache").findings if item.kind == "shared-number"]
+    assert item.what == "2 numbers are of several crops: a/crop1 and b/crop1; a/crop2 and b/crop2"
+    assert not item.alarm
+
+
+def test_a_composite_of_composites_is_known_where_all_its_parts_are(tmp_path: Path) -> None:
+    """Even if the table names the whole before its parts."""
+    write_data(tmp_path, classes=("golgi_mem", "golgi_lum", "er"))
+    own = (ClassEntry(name="inside", components=("stack", "er")), ClassEntry(name="stack", components=("golgi",)))
+    (tmp_path / "classes.json").write_bytes(encode(ClassTable(classes=own)))
+    found = {entry.name for entry in fingerprint(tmp_path, tmp_path / "cache").classes}
+    assert found == {"golgi_mem", "golgi_lum", "er", "golgi", "stack", "inside"}
 
 
 def test_a_crop_outside_its_em_is_named(tmp_path: Path) -> None:

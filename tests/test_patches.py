@@ -40,6 +40,7 @@ from autoseg.train.sources import (
     validated_box,
 )
 from autoseg.train.turns import ROUND, Turns, class_shares
+from autoseg.train.validation import Validator
 from autoseg.train.warp import place_patch
 
 NO_AUGMENTATION = {"augmentation.preset": "none"}
@@ -155,6 +156,26 @@ def test_grey_values_tell_the_class_as_in_the_data(place: tuple[Path, Path]) -> 
     assert order[0] > order[1] + 0.5
     assert order[1] > order[2] + 0.5
     assert max(spreads) < 0.35, "one class is one grey value with a little noise"
+
+
+@pytest.mark.parametrize("size", [4.0, 8.0])
+def test_a_composite_that_follows_from_its_parts_is_taught_and_validated_where_they_are_thin(
+    tmp_path: Path, size: float
+) -> None:
+    """Three parts that fill a third of each coarse voxel: together they fill it, and it must not be called absent."""
+    data, cache, shape = tmp_path / "data", tmp_path / "cache", (16, 32, 64)
+    grid, rng = Grid(shape, (4.0, 4.0, 4.0), (0.0, 0.0, 0.0)), np.random.default_rng(0)
+    write_multiscale(em_path(data, "a"), [(grid, rng.integers(1, 255, shape).astype(np.uint8))])
+    third = np.arange(grid.shape_zyx[0] * 32 * 64).reshape(shape) % 3
+    for i, name in enumerate(("mito_mem", "mito_lum", "mito_ribo")):
+        write_label(crop_path(data, "a", "crop1"), name, (third == i).astype(np.uint8), grid)
+    plan = tiny_plan(data, cache, {"voxel_size_nm": (size, size, size), "patch_size_zyx": (1, 16, 16)})
+    k = plan.class_names.index("mito")
+    states = states_of(sampler(plan, (data, cache)).batch(0))[..., k]
+    assert set(states.unique().tolist()) <= {PRESENT, UNKNOWN}
+    assert (states == PRESENT).any()
+    (target,) = Validator(plan, open_dataset(data), cache, 2**20)._targets
+    assert (target.states_CK[:, k] == PRESENT).all()
 
 
 def test_with_several_slices_the_centre_channel_is_the_section_of_the_codes(place: tuple[Path, Path]) -> None:

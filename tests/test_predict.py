@@ -458,6 +458,18 @@ def test_crops_are_chosen_by_number_or_by_side(place: Path, trained: Trained) ->
         crop_regions(trained.plan.split, dataset, "1,9")
 
 
+def test_a_number_of_two_crops_is_refused_and_a_name_tells_which(place: Path, trained: Trained) -> None:
+    dataset = open_dataset(place / "data")
+    twin = dataset.crops[0]._replace(name="other/crop1")
+    dataset = dataset._replace(crops=(*dataset.crops, twin))
+    with pytest.raises(DataError, match="--crops 2,1: 1 is demo/crop1 and other/crop1: name the one, such as demo"):
+        crop_regions(trained.plan.split, dataset, "2,1")
+    assert [r.name for r in crop_regions(trained.plan.split, dataset, "2, other/crop1")] == [
+        "demo/crop2",
+        "other/crop1",
+    ]
+
+
 def test_a_label_map_shows_atoms_over_composites_and_the_threshold_counts_as_present() -> None:
     classes = (ClassEntry(name="nuc", components=("a",)), ClassEntry(name="a"), ClassEntry(name="b"))
     masks = np.zeros((3, 1, 1, 4), dtype=np.uint8)

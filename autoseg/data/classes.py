@@ -7,11 +7,14 @@ A state row holds, for every class, absent (0), present (1) or unknown (2). What
     the composite absent      -> every part absent
     a class present           -> every class disjoint from it absent
 
-Annotation beats inference; a contradiction is counted and named. Cost depends on the number of rows, never on voxels.
+Disjoint are the challenge's classes that share no atom, as long as their names, ids and parts are the challenge's, and
+what the table of a data set declares so: a class of its own excludes none by default. Annotation beats inference; a
+contradiction is counted and named. Cost depends on the number of rows, never on voxels.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -45,12 +48,21 @@ def table_of(data_root: Path) -> ClassTable:
     if not own_path.is_file():
         return cellmap_table()
     table = merge(cellmap_table(), load_as(own_path, ClassTable))
+    _refuse_shared_ids(table, own_path)
     names = {entry.name for entry in table.classes}
     for set_name, members in table.sets.items():
         if set_name in names:
             raise DataError(own_path, f"{set_name} is a class and a set", "rename the set")
         select(table, members)
     return table
+
+
+def _refuse_shared_ids(table: ClassTable, own_path: Path) -> None:
+    owners: dict[int, str] = {}
+    for entry in table.classes:
+        if entry.id is not None and owners.setdefault(entry.id, entry.name) != entry.name:
+            what = f"id {entry.id} is of {owners[entry.id]} and of {entry.name}"
+            raise DataError(own_path, what, "give one of them another id, or none")
 
 
 def merge(base: ClassTable, own: ClassTable) -> ClassTable:
@@ -77,6 +89,8 @@ class Logic:
         self.names = tuple(entry.name for entry in table.classes)
         self._index = {name: i for i, name in enumerate(self.names)}
         atoms = _atoms({entry.name: entry.components for entry in table.classes})
+        usual = {(entry.name, entry.id, frozenset(entry.components)) for entry in cellmap_table().classes}
+        official = [(entry.name, entry.id, frozenset(entry.components)) in usual for entry in table.classes]
         num = len(self.names)
         self._part_of = np.zeros((num, num), dtype=bool)  # [part, composite]
         self._components = np.zeros((num, num), dtype=bool)
@@ -86,12 +100,14 @@ class Logic:
             for j, b in enumerate(table.classes):
                 self._part_of[i, j] = i != j and bool(b.components) and atoms[a.name] <= atoms[b.name]
                 self._components[i, j] = a.name in b.components
-                official = a.id is not None and b.id is not None
-                self._disjoint[i, j] = i != j and official and not atoms[a.name] & atoms[b.name]
+                apart = official[i] and official[j] and not atoms[a.name] & atoms[b.name]
+                self._disjoint[i, j] = i != j and apart
         for group in table.disjoint:
             members = self.columns(group)
             for i in members:
                 self._disjoint[i, [j for j in members if j != i]] = True
+        relations = (self._part_of, self._components, self._disjoint)
+        self.key = hashlib.sha256(repr(self.names).encode() + b"".join(r.tobytes() for r in relations)).digest()
 
     def rows(self, states_CK: States, names: Sequence[str]) -> States:
         """Spread states of the annotated classes `names` over all classes of the table, the others unknown.

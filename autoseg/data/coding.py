@@ -39,6 +39,7 @@ class _Flags:
 
     def __init__(self, shape_zyx: VoxelsZYX, num_classes: int) -> None:
         self._shape = shape_zyx
+        self.num_voxels = math.prod(shape_zyx)
         self.constant = np.zeros(num_classes, dtype=np.uint8)
         self._planes: list[NDArray[np.uint8]] = []
         self._columns: list[tuple[tuple[int, ...], int]] = []
@@ -120,6 +121,7 @@ class CodeWriter:
     def __init__(self, folder: Path, shape_zyx: VoxelsZYX, where: str) -> None:
         self._path, self._shape, self._where = folder / "codes.npy", shape_zyx, where
         self._rows: dict[bytes, int] = {}
+        self.undeclared: dict[str, int] = {}
         self._dtype: type[np.unsignedinteger[Any]] = np.uint8
         self._create(self._path)
 
@@ -186,7 +188,8 @@ class CodeWriter:
 def encode_labels(crop: Crop, writer: CodeWriter, checksums: Checksums) -> None:
     """Write the codes of a crop at its own voxel size; each chunk of each label array is decoded once.
 
-    Of a block, the chunks of one array at a time are in memory, and the flags; the rest is of a part of MOST_VOXELS.
+    The writer also counts the voxels of values that a semantic annotation does not declare; they are present. Of a
+    block, the chunks of one array at a time are in memory, and the flags; the rest is of a part of MOST_VOXELS.
     """
     cache = ChunkCache(2**62, checksums)
     readers = [ArrayReader(label.path, cache) for label in crop.labels]
@@ -200,25 +203,33 @@ def encode_labels(crop: Crop, writer: CodeWriter, checksums: Checksums) -> None:
                 chunks = tuple(slice(a // c, -(-b // c)) for a, b, c in edges)
                 # where nothing is stored, one voxel tells the fill value of all
                 part = box if there[chunks].any() else Box(box.start, _zyx([a + 1 for a in box.start]))
-                _add_label(flag, k, label, reader.read(part))
+                odd = _add_label(flag, k, label, reader.read(part))
+                if odd:
+                    writer.undeclared[label.name] = writer.undeclared.get(label.name, 0) + odd
             cache.clear()
         for box, flag in zip(parts, flags, strict=True):
             writer.write(box, *flag.keys())
 
 
-def _add_label(flags: _Flags, k: int, label: LabelArray, values: NDArray[Any]) -> None:
+def _add_label(flags: _Flags, k: int, label: LabelArray, values: NDArray[Any]) -> int:
+    """Add the states of one class in one part; return how many of its present voxels hold an undeclared value."""
     low, high = values.min(), values.max()
     unsure = label.unknown is not None and low <= label.unknown <= high
     if low == high:
         flags.constant[k] = UNKNOWN if unsure else PRESENT if low != label.absent else ABSENT
-    elif values.dtype == np.uint8 and high == 1 and label.absent == 0 and not unsure:
+        odd = flags.constant[k] == PRESENT and label.present not in (None, low)
+        return flags.num_voxels if odd else 0
+    if values.dtype == np.uint8 and high == 1 and label.absent == 0 and not unsure:
+        odd = 0 if label.present in (None, 1) else int(np.count_nonzero(values))
         flags.add_bit((k,), PRESENT, values.view(np.bool_))  # zeros and ones are flags as they are
-    else:
-        present = values != label.absent
-        unknown = values == label.unknown if unsure else None
-        if unknown is not None:
-            present &= ~unknown
-        flags.add((k,), present, unknown)
+        return odd
+    present = values != label.absent
+    unknown = values == label.unknown if unsure else None
+    if unknown is not None:
+        present &= ~unknown
+    odd = 0 if label.present is None else int(np.count_nonzero(present & (values != label.present)))
+    flags.add((k,), present, unknown)
+    return odd
 
 
 def _block_shape(chunks: Sequence[VoxelsZYX], shape_zyx: VoxelsZYX) -> VoxelsZYX:

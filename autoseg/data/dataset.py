@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,13 +32,17 @@ MAX_LEFT_OUT_SHARE = 0.2
 
 
 class LabelArray(NamedTuple):
-    """One annotated class of a crop: where its finest level is and what its values mean."""
+    """One annotated class of a crop: where its finest level is and what its values mean.
+
+    Every value that is neither absent nor unknown is present; `present` is the one that a semantic annotation declares.
+    """
 
     name: str
     path: Path
     instance: bool
     absent: int
     unknown: int | None
+    present: int | None = None
 
 
 class Crop(NamedTuple):
@@ -83,6 +87,7 @@ class Dataset(NamedTuple):
 
 def open_dataset(data: Path) -> Dataset:
     """Open a folder in the CellMap layout, or a datasplit.csv that points at such zarrs."""
+    skipped: list[LeftOut] = []
     if data.suffix == ".csv":
         root, rows = data.parent, list(read_datasplit(data))
     elif not data.is_dir():
@@ -90,14 +95,17 @@ def open_dataset(data: Path) -> Dataset:
     else:
         root = data
         csv_path = data / "datasplit.csv"
-        rows = list(read_datasplit(csv_path)) if csv_path.is_file() else list(_scan(data))
+        if csv_path.is_file():
+            rows = list(read_datasplit(csv_path))
+        else:
+            rows, skipped = list(_scan(data)), list(_skipped(data))
     volumes: dict[str, Path] = {}
     for zarr_path in sorted(root.glob("*/*.zarr")):
         if (em := _find_em(zarr_path)) is not None:
             first = volumes.setdefault(zarr_path.stem, em)
             if not rows:  # else the crops say which of them is meant
                 refuse_namesake(zarr_path.stem, first, em)
-    if not rows and not volumes:
+    if not rows and not skipped and not volumes:
         raise DataError(
             data,
             "holds no crops",
@@ -106,7 +114,8 @@ def open_dataset(data: Path) -> Dataset:
     refuse_twins(rows)
     table = table_of(root)
     crops, left_out, foreign = _open_crops(rows, table, root)
-    refuse_too_many(data, len(rows), left_out)
+    left_out = (*left_out, *skipped)
+    refuse_too_many(data, len(rows) + len(skipped), left_out)
     return Dataset(root, crops, left_out, table, volumes, foreign)
 
 
@@ -185,6 +194,33 @@ def _scan(root: Path) -> Iterator[CropRow]:
             yield CropRow(f"{zarr_path.stem}/{group.name}", None, _find_em(zarr_path), group, None)
 
 
+def _skipped(root: Path) -> Iterator[LeftOut]:
+    """Yield what the layout does not cover: links that lead nowhere on the way to a crop, crops of a zarr misnamed."""
+    folders = [root]
+    for part in ("*", "*.zarr", *GROUNDTRUTH.split("/"), "crop*"):
+        inside = (path for folder in folders for path in (folder.glob(part) if "*" in part else [folder / part]))
+        found = sorted(path for path in inside if not path.name.startswith("."))
+        for path in found:
+            if _is_lost(path):
+                inner = str(path.relative_to(root))
+                yield LeftOut(name=inner, why=f"{inner}: {_lost(path)}: restore that, or remove the link")
+        folders = [path for path in found if path.is_dir()]
+    for group in folders:
+        zarr = group.parents[3]
+        if zarr.stem != zarr.parent.name:
+            inner = str(group.relative_to(root))
+            why = f"{inner}: lies in {zarr.name} of the folder {zarr.parent.name}: name both alike, or move it away"
+            yield LeftOut(name=inner, why=why)
+
+
+def _lost(link: Path) -> str:
+    return f"is a link to {os.readlink(link)}, which is not there"
+
+
+def _is_lost(path: Path | str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
 def _crop_number(group: Path) -> tuple[int, str]:
     digits = re.sub(r"\D", "", group.name)
     return (int(digits) if digits else 0, group.name)
@@ -205,7 +241,8 @@ def _open_crop(row: CropRow, known: frozenset[str], volumes: _Volumes) -> tuple[
         raise DataError(row.group, "does not exist", "correct the datasplit, or restore the crop")
     em_grid, levels = volumes.levels(row.em)
     with os.scandir(row.group) as entries:
-        names = sorted(e.name for e in entries if e.name != "all" and not e.name.startswith(".") and e.is_dir())
+        folders = (e.name for e in entries if e.is_dir() or _is_lost(e.path))
+        names = sorted(name for name in folders if name != "all" and not name.startswith("."))
     strays = []
     if row.classes is not None:
         strays = [_Stray(name, held=False) for name in dict.fromkeys(row.classes) if name not in names]
@@ -230,8 +267,12 @@ def _open_crop(row: CropRow, known: frozenset[str], volumes: _Volumes) -> tuple[
 
 
 def _open_label(path: Path) -> tuple[LabelArray, Grid]:
+    if _is_lost(path):
+        raise DataError(path, _lost(path), "restore that, or remove the link")
     multiscale = store.open_multiscale(path, finest_only=True)
     finest = multiscale.levels[0]
+    if finest.dtype.kind not in "bui":
+        raise DataError(finest.path, f"holds {finest.dtype}", "store labels as whole numbers, such as uint8")
     if finest.fill_value != 0:
         what = f"fill_value {finest.fill_value}: chunks that are not stored would read as that"
         raise DataError(finest.path, what, "store labels with fill_value 0")
@@ -240,26 +281,34 @@ def _open_label(path: Path) -> tuple[LabelArray, Grid]:
 
 def complement_counts(label: LabelArray) -> dict[str, int]:
     """Return how many voxels the annotation says are absent or unknown, by those names; {} if it does not say."""
-    annotation = _mapping(_mapping(store.read_attributes(label.path).get("cellmap")).get("annotation"))
-    counts = _mapping(annotation.get("complement_counts"))
+    counts = _mapping(_annotation(store.read_attributes(label.path)).get("complement_counts"))
     return {key: n for key, n in counts.items() if key in ("absent", "unknown") and type(n) is int}
 
 
 def _label_array(name: str, multiscale: store.Multiscale) -> LabelArray:
-    """Read what the values mean. An instance id may be 255, so `unknown` counts there only if it was counted."""
+    """Read what the values mean, of the group or else of its array.
+
+    An instance id may be 255, so `unknown` counts there only if it was counted.
+    """
     finest = multiscale.levels[0]
-    annotation = _mapping(_mapping(multiscale.attributes.get("cellmap")).get("annotation"))
-    kind = _mapping(annotation.get("annotation_type"))
+    kind = _mapping(_annotation(multiscale.attributes).get("annotation_type"))
+    if not _mapping(kind.get("encoding")):
+        kind = _mapping(_annotation(store.read_attributes(finest.path)).get("annotation_type")) or kind
     encoding = _mapping(kind.get("encoding"))
     instance = kind.get("type") == "instance_segmentation"
-    unknown = encoding.get("unknown")
-    absent = encoding.get("absent", 0)
-    if type(absent) is not int or not (unknown is None or type(unknown) is int):
-        raise DataError(multiscale.path, f"annotation encoding {encoding}", "values of absent and unknown are integers")
-    label = LabelArray(name, finest.path, instance, absent, unknown)
+    values = encoding.get("absent", 0), encoding.get("unknown"), None if instance else encoding.get("present")
+    absent, unknown, present = (value if type(value) is int else None for value in values)
+    if absent is None or (unknown, present) != values[1:]:
+        what = f"annotation encoding {encoding}"
+        raise DataError(multiscale.path, what, "values of absent, present and unknown are integers")
+    label = LabelArray(name, finest.path, instance, absent, unknown, present)
     if instance and unknown is not None and complement_counts(label).get("unknown", 0) <= 0:
         return label._replace(unknown=None)
     return label
+
+
+def _annotation(attributes: Mapping[str, object]) -> dict[str, object]:
+    return _mapping(_mapping(attributes.get("cellmap")).get("annotation"))
 
 
 def _mapping(value: object) -> dict[str, object]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from autoseg.errors import DataError
+from autoseg.schema import Finding
 
 SplitName = Literal["train", "validate"]
 
@@ -71,7 +72,10 @@ def _datasplit_row(path: Path, number: int, cells: list[str]) -> CropRow:
 
 
 def refuse_twins(rows: Sequence[CropRow]) -> None:
-    """Raise DataError where one crop has two names, two crops one number of a volume, or two EM volumes one name."""
+    """Raise DataError where one crop has two names, two crops one number of a volume, or two EM volumes one name.
+
+    Crops of several volumes may share a number: `shared_numbers` tells.
+    """
     folders: dict[str, CropRow] = {}
     numbers: dict[tuple[str, str], CropRow] = {}
     ems: dict[str, Path] = {}
@@ -79,12 +83,33 @@ def refuse_twins(rows: Sequence[CropRow]) -> None:
         volume, folder = row.name.rsplit("/", 1)
         if row.em is not None:
             refuse_namesake(volume, ems.setdefault(volume, row.em), row.em)
-        number = re.sub(r"^crop0*(?=\d)", "crop", folder)
+        number = _number(folder)
         twin = numbers.setdefault((volume, number), row)
         twin = folders.setdefault(os.path.realpath(row.group), row) if twin is row else twin
         if twin is not row:
             side = " on both sides of the split" if twin.split != row.split else ""
             raise DataError(row.group, f"is the same crop as {twin.group}{side}", "keep one of them")
+
+
+def shared_numbers(names: Iterable[str]) -> Iterator[Finding]:
+    """Yield, in one finding, the crop numbers that several volumes use; the challenge's are of one crop each."""
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(_number(name.rsplit("/", 1)[1]), []).append(name)
+    shared = [crops for crops in owners.values() if len(crops) > 1]
+    if shared:
+        listed = "; ".join(" and ".join(crops) for crops in shared[:3]) + ("; ..." if len(shared) > 3 else "")
+        yield Finding(
+            where="crops",
+            kind="shared-number",
+            what=f"{len(shared)} numbers are of several crops: {listed}",
+            numbers={"numbers": float(len(shared))},
+            remedy="nothing for your own data; --crops and the challenge tell crops apart by their number",
+        )
+
+
+def _number(folder: str) -> str:
+    return re.sub(r"^crop0*(?=\d)", "crop", folder)
 
 
 def refuse_namesake(volume: str, em: Path, other: Path) -> None:

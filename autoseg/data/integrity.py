@@ -23,7 +23,7 @@ from autoseg.data.em import stored_level
 from autoseg.geometry import Box, Grid
 from autoseg.schema import Finding
 
-Kind = Literal["outside", "not-fetched", "miscounted"]
+Kind = Literal["outside", "not-fetched", "miscounted", "undeclared"]
 COUNTED = {"absent": ABSENT, "unknown": UNKNOWN}
 
 
@@ -72,6 +72,7 @@ def find_missing(crop: Crop, codes: CropCodes) -> Iterator[Finding]:
         what = f"of the EM under it {inside - share:.1%} was never fetched and is masked"
         yield _finding(crop.name, "not-fetched", what, {"share": inside - share})
     yield from _miscounted(crop, codes)
+    yield from _undeclared(crop, codes)
 
 
 def _miscounted(crop: Crop, codes: CropCodes) -> Iterator[Finding]:
@@ -84,7 +85,13 @@ def _miscounted(crop: Crop, codes: CropCodes) -> Iterator[Finding]:
         column = codes.states_CK[:, codes.names.index(label.name)]
         for name, expected in complement_counts(label).items():
             held = int(histogram[column == COUNTED[name]].sum())
-            if held == expected or (name == "unknown" and label.unknown is None):
+            if held == expected:
+                continue
+            if name == "unknown" and label.unknown is None:
+                what = (
+                    f"{label.name}: its annotation counted {expected:,} unknown voxels, but declares no value for them"
+                )
+                yield _finding(crop.name, "undeclared", what, {"counted": expected})
                 continue
             array = store.ArrayReader(label.path, store.ChunkCache(0))
             lost = int((~array.stored_chunks).sum())
@@ -93,10 +100,23 @@ def _miscounted(crop: Crop, codes: CropCodes) -> Iterator[Finding]:
             yield _finding(crop.name, "miscounted", what, {"held": held, "counted": expected, "chunks_missing": lost})
 
 
+def _undeclared(crop: Crop, codes: CropCodes) -> Iterator[Finding]:
+    """Yield each semantic class with values that its encoding does not declare: they may be ids, or a mistake."""
+    for label in crop.labels:
+        if voxels := codes.undeclared.get(label.name, 0):
+            declared = [value for value in (label.absent, label.present, label.unknown) if value is not None]
+            what = (
+                f"{label.name} has {voxels:,} voxels of other values than its encoding declares "
+                f"({', '.join(map(str, declared))}); they count as present"
+            )
+            yield _finding(crop.name, "undeclared", what, {"voxels": voxels})
+
+
 def _finding(where: str, kind: Kind, what: str, numbers: Mapping[str, float]) -> Finding:
     remedy = {
         "outside": "correct the translations in .zattrs, if it should not",
         "not-fetched": "fetch the EM under it",
+        "undeclared": "declare them in the annotation's encoding, or correct the label",
         "miscounted": "fetch or restore the label, if chunks are lost; else correct complement_counts",
     }[kind]
     exact = {key: float(number) for key, number in numbers.items()}

@@ -58,8 +58,7 @@ def score_labels(
     rows: list[ScoreRow] = []
     for done, target in enumerate(targets):
         progress("crops", done, len(targets))
-        codes = open_codes(target.crop, target.crop.grid.voxel_size_nm, cache)
-        states, _ = logic.complete(logic.rows(codes.states_CK, codes.names))
+        codes = open_codes(target.crop, target.crop.grid.voxel_size_nm, cache, logic)
         chunks = ChunkCache(CACHE_BYTES)
         readers = [_open_prediction(target, name, chunks) for name in classes]
         totals = [NOTHING] * len(classes)
@@ -67,7 +66,7 @@ def score_labels(
             code = codes.codes_ZYX[box.slices]
             chosen = slice(None) if valid is None else valid
             for i, (reader, k) in enumerate(zip(readers, columns, strict=True)):
-                totals[i] += count((reader.read(box) > 0)[chosen], code[chosen], states[:, k])
+                totals[i] += count((reader.read(box) > 0)[chosen], code[chosen], codes.states_CK[:, k])
         whole = target.box == Box.whole(target.crop.grid.shape_zyx)
         box_zyx = None if whole else (target.box.start, target.box.stop)
         rows += [

@@ -20,6 +20,7 @@ from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, States, cellma
 from autoseg.data.codes import CropCodes, open_codes
 from autoseg.data.coding import INDEX_BLOCK
 from autoseg.data.dataset import Crop, Dataset, open_dataset, refuse_too_many
+from autoseg.data.datasplit import shared_numbers
 from autoseg.data.em import finest_stored, measure_intensity
 from autoseg.data.integrity import find_missing, pin
 from autoseg.data.sanity import find
@@ -90,7 +91,7 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
         left_out=(*left_out, *dataset.foreign),
         shapes=_shapes(names, crops, usable, progress),
         class_sets=_own_sets(dataset),
-        findings=(*findings, *find(crops, volumes, traits)),
+        findings=(*findings, *find(crops, volumes, traits), *shared_numbers([crop.name for crop in crops])),
     )
 
 
@@ -109,15 +110,15 @@ def _own_sets(dataset: Dataset) -> dict[str, tuple[str, ...]]:
 
 
 def _knowable(logic: Logic, dataset: Dataset, annotated: list[str]) -> list[str]:
-    """Return the annotated classes and the composites that all parts of which are annotated somewhere."""
-    entries = {entry.name: entry for entry in dataset.table.classes}
-    derived = [
+    """Return the annotated classes and the composites all parts of which are annotated somewhere, or follow in turn."""
+    known = set(annotated)
+    while derived := {
         entry.name
         for entry in dataset.table.classes
-        if entry.components and entry.name not in annotated and set(entry.components) <= set(annotated)
-    ]
-    order = {name: i for i, name in enumerate(entries)}
-    return sorted([*annotated, *derived], key=order.__getitem__)
+        if entry.components and entry.name not in known and known.issuperset(entry.components)
+    }:
+        known |= derived
+    return [name for name in logic.names if name in known]
 
 
 def _open(crop: Crop, logic: Logic, names: list[str], cache: Path) -> _Opened:

@@ -32,7 +32,7 @@ class Region(NamedTuple):
 
 
 def crop_regions(split: Split, dataset: Dataset, which: str) -> list[Region]:
-    """Return the crops named by `validate`, `all` or crop numbers such as "3,7"; `split` is the one the run used."""
+    """Return the crops named by `validate`, `all` or by number or name such as "3,a/crop7"; `split` is the run's."""
     validate = {region.crop for region in split.validate}
     if which == "validate":
         chosen = [crop for crop in dataset.crops if crop.name in validate]
@@ -41,14 +41,20 @@ def crop_regions(split: Split, dataset: Dataset, which: str) -> list[Region]:
     elif which == "all":
         chosen = list(dataset.crops)
     else:
-        wanted = [f"crop{number.strip()}" for number in which.split(",")]
-        chosen = [crop for crop in dataset.crops if crop.name.rsplit("/", 1)[1] in wanted]
-        missing = set(wanted) - {crop.name.rsplit("/", 1)[1] for crop in chosen}
-        if missing:
-            raise DataError(
-                f"--crops {which}", f"no {sorted(missing)[0]} in {dataset.root}", "use validate, all or N,N"
-            )
+        wanted = {_the_crop(dataset, word.strip(), which) for word in which.split(",")}
+        chosen = [crop for crop in dataset.crops if crop.name in wanted]
     return [Region(crop.name, crop.em, crop.grid) for crop in chosen]
+
+
+def _the_crop(dataset: Dataset, word: str, which: str) -> str:
+    """Return the name of the one crop of that number, or of that name `volume/cropN`."""
+    wanted = word if "/" in word else f"crop{word}"
+    found = [crop.name for crop in dataset.crops if wanted in (crop.name, crop.name.rsplit("/", 1)[1])]
+    if not found:
+        raise DataError(f"--crops {which}", f"no {wanted} in {dataset.root}", "use validate, all or N,N")
+    if len(found) > 1:
+        raise DataError(f"--crops {which}", f"{word} is {' and '.join(found)}", f"name the one, such as {found[0]}")
+    return found[0]
 
 
 def volume_regions(dataset: Dataset) -> list[Region]:

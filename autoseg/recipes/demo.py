@@ -154,8 +154,8 @@ def _grey_histograms(
     columns = logic.columns(plan.class_names)
     total = {name: np.zeros((2, NUM_GREYS), dtype=np.int64) for name in plan.class_names}
     for crop in dataset.crops:
-        codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
-        states, _ = logic.complete(logic.rows(codes.states_CK, codes.names))
+        codes = open_codes(crop, crop.grid.voxel_size_nm, cache, logic)
+        states = codes.states_CK
         level = open_multiscale(crop.em).levels[0]
         offset = crop.grid.aligned_with(level.grid)
         if offset is None:

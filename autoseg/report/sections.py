@@ -42,10 +42,9 @@ def read_section(
 ) -> Section:
     """Return the section with most annotated foreground of the region that was scored."""
     crop = dataset.crop(name)
-    codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
     logic = Logic(dataset.table)
-    states, _ = logic.complete(logic.rows(codes.states_CK, codes.names))
-    states = states[:, logic.columns(classes)]
+    codes = open_codes(crop, crop.grid.voxel_size_nm, cache, logic)
+    states = codes.states_CK[:, logic.columns(classes)]
     present_C = (states == PRESENT).sum(axis=1)
     whole = Box.whole(crop.grid.shape_zyx)
     box = scored.box(crop.grid.shape_zyx).clip(whole)

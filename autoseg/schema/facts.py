@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -151,17 +151,19 @@ class LeftOut(Record, frozen=True, kw_only=True):
     why: str
 
 
-Missing = Literal["outside", "not-fetched", "miscounted"]
+Missing = Literal["outside", "not-fetched", "miscounted", "undeclared"]
+Harmless = Literal["empty", "shared-number"]
 
 
 class Finding(Record, frozen=True, kw_only=True):
     """Something of a crop or volume that looks wrong, the numbers behind it, and what to do.
 
-    Only `empty` is no alarm: a class may be annotated and absent.
+    `empty` and `shared-number` are no alarms: a class may be annotated and absent, and volumes of one's own may each
+    count their crops.
     """
 
     where: str
-    kind: Literal["empty", "swapped", "shifted", "constant", "few-values", "saturated", "inverted"] | Missing
+    kind: Literal["swapped", "shifted", "constant", "few-values", "saturated", "inverted"] | Harmless | Missing
     what: str
     numbers: dict[str, float]
     remedy: str
@@ -169,7 +171,7 @@ class Finding(Record, frozen=True, kw_only=True):
     @property
     def alarm(self) -> bool:
         """Whether this is more than information."""
-        return self.kind != "empty"
+        return self.kind not in get_args(Harmless)
 
 
 class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):

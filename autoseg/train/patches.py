@@ -98,9 +98,8 @@ class PatchSampler:
     def _open(self, crop: Crop, region: Region, held: Held, em: EmReader, cache: Path) -> Source:
         """Return a crop to learn from; nothing that validates on the same EM may teach."""
         plan = self.plan
-        codes = open_codes(crop, plan.voxel_size_nm, cache)
-        states, _ = self._logic.complete(self._logic.rows(codes.states_CK, codes.names))
-        states = states[:, self._columns]
+        codes = open_codes(crop, plan.voxel_size_nm, cache, self._logic)
+        states = codes.states_CK[:, self._columns]
         shape = crop.grid.shape_zyx
         box = scale_box(region.box(shape), crop.grid, codes.grid, "inwards")
         own = [other.box(shape) for other in plan.split.validate if other.crop == region.crop]

@@ -55,12 +55,11 @@ class Validator:
         self._targets = []
         for region in plan.split.validate:
             crop = data.crop(region.crop)
-            codes = open_codes(crop, plan.voxel_size_nm, cache)
-            states, _ = logic.complete(logic.rows(codes.states_CK, codes.names))
+            codes = open_codes(crop, plan.voxel_size_nm, cache, logic)
             if crop.em not in readers:
                 readers[crop.em] = EmReader(crop.em, plan.voxel_size_nm, plan.normalization, chunks)
             box = validated_box(region.box(crop.grid.shape_zyx), crop.grid, codes.grid)
-            self._targets.append(_Target(box, codes, states[:, columns], readers[crop.em]))
+            self._targets.append(_Target(box, codes, codes.states_CK[:, columns], readers[crop.em]))
 
     def score(
         self, network: nn.Module, device: torch.device, step: int, asked: Callable[[], str | None] = lambda: None

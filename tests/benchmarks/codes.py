@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 
 from autoseg.data import store
+from autoseg.data.classes import Logic, cellmap_table
 from autoseg.data.codes import open_codes
 from autoseg.data.dataset import Crop, open_dataset
 from autoseg.data.integrity import pin
@@ -68,12 +69,13 @@ def timed(what: str) -> Iterator[None]:
 
 
 def build(crops: tuple[Crop, ...], cache: Path, factors: list[float]) -> None:
+    logic = Logic(cellmap_table())
     for factor in factors:
         voxels = num_codes = 0
         with timed(f"codes at {factor:g} times the voxel size"):
             for crop in crops:
                 z, y, x = (v * factor for v in crop.grid.voxel_size_nm)
-                codes = open_codes(crop, (z, y, x), cache)
+                codes = open_codes(crop, (z, y, x), cache, logic)
                 voxels += math.prod(codes.grid.shape_zyx)
                 num_codes = max(num_codes, len(codes.states_CK))
         print(f"  {voxels:,} voxels, up to {num_codes} codes in a crop of {len(crops[0].labels)} classes")

@@ -6,6 +6,8 @@ import math
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from autoseg.data.store.engine import brief, read_attributes
 from autoseg.data.store.layout import read_layout
 from autoseg.errors import DataError
@@ -19,6 +21,7 @@ class Level(NamedTuple):
 
     path: Path
     grid: Grid
+    dtype: np.dtype[Any]
     fill_value: float = 0
 
 
@@ -79,7 +82,7 @@ def open_multiscale(path: Path, *, finest_only: bool = False) -> Multiscale:
     levels = []
     for array, size, origin in spaces:
         layout = read_layout(array)
-        levels.append(Level(array, Grid(layout.shape_zyx, size, origin), layout.fill_value))
+        levels.append(Level(array, Grid(layout.shape_zyx, size, origin), layout.dtype, layout.fill_value))
     return Multiscale(path, tuple(levels), attributes)
 
 

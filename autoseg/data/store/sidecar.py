@@ -35,6 +35,7 @@ from autoseg.geometry import VoxelsZYX
 ROW = np.dtype([("file", "<i8"), ("size", "<i8"), ("mtime_ns", "<i8"), ("crc32", "<u4")])
 METADATA = -1
 FOLDER = "checksums"
+ATTEMPTS = 10
 
 
 class Entry(NamedTuple):
@@ -153,11 +154,7 @@ def alone(lock: Path, remedy: str) -> Iterator[bool]:
 
     DataError with that remedy where it cannot be made.
     """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(lock)
-    except OSError as error:
-        raise DataError(lock.parent, f"cannot be written ({error.strerror})", remedy) from None
+    handle = _made(lock, remedy)
     try:
         yield handle is not None
     finally:
@@ -166,10 +163,22 @@ def alone(lock: Path, remedy: str) -> Iterator[bool]:
             os.close(handle)
 
 
+def _made(lock: Path, remedy: str) -> int | None:
+    """Lock that file in its folder, which somebody may be deleting."""
+    for attempt in range(ATTEMPTS):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            return _locked(lock)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS - 1:
+                raise DataError(lock.parent, f"cannot be written ({error.strerror})", remedy) from None
+    return None
+
+
 def _locked(path: Path) -> int | None:
     """Return an open, locked file at that path; None where the file system has no locks."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
@@ -250,11 +259,18 @@ def _digest(rows: dict[int, Entry], files: _Files) -> bytes:
 def _write(path: Path, rows: dict[int, Entry]) -> None:
     """Write the table so that a reader sees the old one or the new one."""
     table: NDArray[Any] = np.array([(file, *entry) for file, entry in sorted(rows.items())], ROW)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(table.tobytes() + zlib.crc32(table.tobytes()).to_bytes(4, "little"))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(path.parent, f"cannot be written ({error.strerror})", "choose another --cache") from None
+    content = table.tobytes() + zlib.crc32(table.tobytes()).to_bytes(4, "little")
+    for attempt in range(ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                os.fchmod(handle, 0o644)  # others may share the cache
+            os.replace(temporary, path)
+            return
+        except OSError as error:  # of a folder that somebody deletes, once more
+            if not isinstance(error, FileNotFoundError) or attempt == ATTEMPTS - 1:
+                raise DataError(
+                    path.parent, f"cannot be written ({error.strerror})", "choose another --cache"
+                ) from None
