@@ -332,8 +332,17 @@ def test_precision_is_what_the_device_does_natively(hardware: Hardware, precisio
 
 
 @cheap
-def test_less_memory_means_a_smaller_batch_and_then_a_refusal_with_numbers() -> None:
-    batches = [make_plan("a", facts(), machine(gpu(gib=gib)), {}).batch_size for gib in (80, 8, 6)]
+def test_less_memory_means_a_smaller_step_and_then_a_refusal_with_numbers() -> None:
+    planned = [make_plan("a", facts(), machine(gpu(gib=gib)), {}) for gib in (80, 24, 11, 8, 6)]
+    for size in (
+        [math.prod(plan.patch_size_zyx) for plan in planned],
+        [plan.network.features[0] for plan in planned],
+        [plan.predicted_memory_bytes for plan in planned],
+    ):
+        assert size[0] > size[-1]
+        assert size == sorted(size, reverse=True)
+    fixed = {"patch_size_zyx": (16, 256, 256), "network.features": (18, 36, 48, 64, 80)}
+    batches = [make_plan("a", facts(), machine(gpu(gib=gib)), fixed).batch_size for gib in (80, 8, 6)]
     assert batches[0] > batches[-1]
     assert batches == sorted(batches, reverse=True)
     with pytest.raises(PlanError, match=r"batch_size: one patch .* needs \d+\.\d GiB .*--set patch_size_zyx"):
@@ -404,17 +413,17 @@ def test_a_step_is_priced_only_on_the_device_that_was_measured() -> None:
 
 @cheap
 def test_what_other_processes_hold_of_a_gpu_is_not_planned_with() -> None:
-    def batch(free_gib: float) -> tuple[int, str]:
+    def step(free_gib: float) -> tuple[int, str]:
         card = msgspec.structs.replace(gpu(gib=24), free_bytes=int(free_gib * GIB))
         plan = make_plan("a", facts(), machine(card), {})
-        return plan.batch_size, reason(plan, "batch_size")
+        return plan.predicted_memory_bytes, reason(plan, "batch_size")
 
-    alone, shared = batch(23.5), batch(6)
+    alone, shared = step(23.5), step(6)
     assert "20.4 GiB of GPU memory that" in alone[1], "a context of one's own is nobody else's"
     assert "beside the 17.4 GiB of other processes" in shared[1]
     assert shared[0] < alone[0]
     with pytest.raises(PlanError, match=r"batch_size: one patch .* beside the 23\.4 GiB of other processes"):
-        batch(0)
+        step(0)
 
 
 @cheap

@@ -63,12 +63,12 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("input_slices", data.choose_input_slices),
     ("network.kind", network.choose_kind),
     ("network.strides_zyx", network.choose_strides),
-    ("network.features", network.choose_features),
     ("network.kernels_zyx", network.choose_kernels),
     ("network.norm", network.choose_norm),
     ("network.deep_supervision", network.choose_deep_supervision),
     ("loss.kind", network.choose_loss),
     *((f"loss.{name}", functools.partial(network.choose_loss_field, field=name)) for name in _LOSS_FIELDS),
+    ("network.features", network.choose_features),
     ("budget_s", fit.choose_budget),
     ("batch_size", fit.choose_batch_size),
     ("accumulate_batches", fit.choose_accumulate),
@@ -129,7 +129,7 @@ def make_plan(
         draft.decide(field, rule(draft))
         if field == "classes":
             _check_class_settings(draft)
-        if field == "network.deep_supervision":
+        if field == "network.features":
             _check_network(draft)
     values = draft.nested()
     del values["dimensions"]

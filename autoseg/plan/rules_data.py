@@ -16,11 +16,14 @@ from autoseg.data.store import pyramid_grids
 from autoseg.errors import PlanError
 from autoseg.geometry import Grid, NmZYX, VoxelsZYX, coarser_voxel_size
 from autoseg.plan.draft import Choice, Draft
+from autoseg.plan.rules_machine import usable_bytes
 from autoseg.schema import CropFacts, VolumeGrey, nearest
 
 ANISOTROPY_OF_SECTIONS = 3.0
 VALID_SHARE = 0.9
 PATCH_EDGES = (512, 384, 320, 256, 192, 160, 128, 96, 64, 48, 32, 16)
+SOLID_EDGES = (192, 160, 128, 96, 64)
+SOLID_BYTES_PER_VOXEL = 1400  # traced: the narrow RSUNet, 14 classes, bf16, with the share of workspace
 MIN_VOXELS_ACROSS = 3.0
 SLICES_2_5D = 5
 SLICES_OF_SECTIONS = 3
@@ -182,11 +185,21 @@ def choose_patch_size(draft: Draft) -> Choice:
         return Choice((1, edge, edge), f"{because}; limit {limit} on this device", "valid share >= 90 %")
     z, y, x = draft["voxel_size_nm"]
     anisotropy = z / min(y, x)
-    limit = 64 if draft["device"] == "cpu" else 128
+    limit, why = _solid_edge(draft)
     in_plane = _edge(min(extent[1:]), limit * (2 if anisotropy >= ANISOTROPY_OF_SECTIONS else 1))
     depth = _edge(extent[0], max(8, round(in_plane / anisotropy)), smallest=4)
-    because = f"as cubic as the {anisotropy:.1f}:1 voxels and the median crop of {_voxels(extent)} voxels allow"
+    because = f"as cubic as the {anisotropy:.1f}:1 voxels and the median crop of {_voxels(extent)} voxels allow; {why}"
     return Choice((depth, in_plane, in_plane), because, "physical extent")
+
+
+def _solid_edge(draft: Draft) -> tuple[int, str]:
+    """Return the longest edge of a cubic patch of which two fit, and why; on a CPU time is the limit."""
+    if draft["device"] == "cpu":
+        return 64, "limit 64 on a CPU"
+    room, name = usable_bytes(draft)
+    most = 0.7 * room / 2 / SOLID_BYTES_PER_VOXEL
+    edge = max((e for e in SOLID_EDGES if e**3 <= most), default=SOLID_EDGES[-1])
+    return edge, f"two patches of {edge}³ leave a third of the {room / 2**30:.1f} GiB of {name} free"
 
 
 def choose_input_slices(draft: Draft) -> Choice:

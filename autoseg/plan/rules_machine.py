@@ -33,7 +33,7 @@ def choose_batch_size(draft: Draft) -> Choice:
     flat = draft["patch_size_zyx"][0] == 1
     cost = step_cost(draft)
     wanted, most = _useful_batch(draft, flat)
-    room, name = _room(draft)
+    room, name = usable_bytes(draft)
     batch = wanted
     while batch > 1 and cost.memory_bytes(batch, draft["device"]) > room:
         batch -= 1
@@ -59,7 +59,7 @@ def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
     return wanted, f"more than {wanted} would not help"
 
 
-def _room(draft: Draft) -> tuple[int, str]:
+def usable_bytes(draft: Draft) -> tuple[int, str]:
     """Return the bytes that a training step may take, and of what."""
     if draft["device"] == "cpu":
         return int(draft.hardware.ram_bytes * RAM_SHARE), "RAM"
@@ -104,7 +104,7 @@ def choose_memory(draft: Draft) -> Choice:
     """Return the predicted peak of the training step, in bytes."""
     cost = step_cost(draft)
     value = cost.memory_bytes(draft["batch_size"], draft["device"])
-    room, name = _room(draft)
+    room, name = usable_bytes(draft)
     if value > room:
         what = f"{draft['batch_size']} patches need {value / GIB:.1f} GiB, {room / GIB:.1f} GiB of {name} may be used"
         fits = max(1, (room - cost.fixed_bytes) // max(1, cost.memory_bytes(1, draft["device"]) - cost.fixed_bytes))
@@ -159,15 +159,16 @@ def choose_budget(draft: Draft) -> Choice:
     return Choice(DEFAULT_BUDGET_S[draft["device"]], f"no --budget given: {hours:g} h on this device", "default")
 
 
-def drafted_network(draft: Draft) -> Network:
-    """Return the network as decided, whether it can be built or not."""
-    return Network(**{name: draft[f"network.{name}"] for name in Network.__struct_fields__})
+def drafted_network(draft: Draft, features: tuple[int, ...] | None = None) -> Network:
+    """Return the network as decided, or with other widths, whether it can be built or not."""
+    decided = {name: draft[f"network.{name}"] for name in Network.__struct_fields__ if name != "features"}
+    return Network(features=features or draft["network.features"], **decided)
 
 
-def step_cost(draft: Draft) -> StepCost:
-    """Return the traced cost of the drafted step."""
+def step_cost(draft: Draft, features: tuple[int, ...] | None = None) -> StepCost:
+    """Return the traced cost of the drafted step, or of the same with other widths."""
     loss = Loss(**{name: draft[f"loss.{name}"] for name in Loss.__struct_fields__})
-    key = (msgspec.json.encode(drafted_network(draft)), msgspec.json.encode(loss))
+    key = (msgspec.json.encode(drafted_network(draft, features)), msgspec.json.encode(loss))
     patch = tuple(draft["patch_size_zyx"])
     return _cached_cost(key, draft["input_slices"], len(draft["classes"]), patch, draft["precision"])
 

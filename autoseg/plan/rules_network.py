@@ -5,8 +5,10 @@ from __future__ import annotations
 from autoseg.errors import PlanError
 from autoseg.geometry import VoxelsZYX
 from autoseg.plan.draft import Choice, Draft
+from autoseg.plan.rules_machine import step_cost, usable_bytes
 
 GIB = 2**30
+NARROW, WIDE = (18, 36, 48, 64, 80), (32, 64, 128, 256, 320)
 LOSS_TERMS: dict[str, dict[str, float]] = {
     "bce": {"bce": 1.0},
     "dice": {"dice": 1.0},
@@ -73,19 +75,26 @@ def choose_strides(draft: Draft) -> Choice:
 def choose_features(draft: Draft) -> Choice:
     """Return the width of each level."""
     levels = len(draft["network.strides_zyx"]) + 1
+    if draft["network.kind"] == "rsunet" and draft["device"] == "cpu":
+        return Choice((16, 24, 32, 48, 64)[:levels], "narrow, with many levels", "unmeasured")
     if draft["network.kind"] == "rsunet":
-        widths = (18, 36, 48, 64, 80) if draft["device"] == "cuda" else (16, 24, 32, 48, 64)
-        return Choice(
-            widths[:levels],
-            "narrow, with many levels",
-            "PyTorch Connectomics' RSUNet profile" if draft["device"] == "cuda" else "unmeasured",
-        )
+        return _solid_features(draft, levels)
     base, cap = (32, 320) if draft["device"] == "cuda" else (16, 128)
     widths = tuple(min(cap, base * 2**i) for i in range(levels))
     because = f"from {base} up to {cap}: " + (
         "shorter steps, so that a budget holds more of them" if base == 16 else "nnU-Net's widths"
     )
     return Choice(widths, because, "a prototype, once: 32 scored .03 less on VNC" if base == 16 else "nnU-Net")
+
+
+def _solid_features(draft: Draft, levels: int) -> Choice:
+    """Return the wide levels where two patches of them fit, else the narrow ones."""
+    room, name = usable_bytes(draft)
+    need = step_cost(draft, WIDE[:levels]).memory_bytes(2, "cuda")
+    what = f"two patches of {WIDE[0]} to {WIDE[levels - 1]} channels take {need / GIB:.1f} GiB"
+    if need <= room:
+        return Choice(WIDE[:levels], f"{what} of {room / GIB:.1f} GiB of {name}", "nnU-Net's widths")
+    return Choice(NARROW[:levels], f"{what}, {room / GIB:.1f} GiB of {name} may be used", "PyTorch Connectomics")
 
 
 def choose_kernels(draft: Draft) -> Choice:
