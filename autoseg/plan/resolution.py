@@ -1,0 +1,96 @@
+"""Which classes want which voxel size: groups of classes, each for a network of its own.
+
+::
+
+    class    thickness      crops that hold it      coarsest size at which it spans 3 voxels
+    pm          12 nm       2, 4, 16 nm             4 nm   ┐
+    er_mem       9 nm       2, 4 nm                 2 nm   ┘ a factor of 2: one group, at 4 nm
+    nuc     > 1600 nm       2, 4, 32 nm             32 nm    a group of its own, with more tissue in a patch
+
+Sizes are compared by octave of the geometric mean of a voxel's edges. A class that is wider than its crops has no
+measured thickness: it wants the coarsest crops that hold it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from autoseg.geometry import NmZYX
+from autoseg.schema import CropFacts, Fingerprint
+
+MIN_VOXELS_ACROSS = 3.0
+LEAST_CROPS = 2
+FINER, COARSER = 4.0, 2.0  # crops of a group: labels up to four times finer than its size, and up to twice coarser
+
+
+class Group(NamedTuple):
+    """Classes of one voxel size: its typical edge, the edges of the crops that serve it, and why."""
+
+    edge_nm: float
+    edge_range_nm: tuple[float, float]
+    classes: tuple[str, ...]
+    because: str
+
+
+def edge_nm(voxel_size_nm: NmZYX) -> float:
+    """Return the edge of the cube that is as large as a voxel."""
+    return math.prod(voxel_size_nm) ** (1 / 3)
+
+
+def in_range(crop: CropFacts, edge_range_nm: tuple[float, float] | None) -> bool:
+    """Return whether the labels of a crop are as fine as a plan asks for; None asks for nothing."""
+    if edge_range_nm is None:
+        return True
+    low, high = edge_range_nm
+    return low * (1 - 1e-6) <= edge_nm(crop.voxel_size_nm) <= high * (1 + 1e-6)
+
+
+def resolution_groups(facts: Fingerprint, names: Sequence[str]) -> tuple[Group, ...]:
+    """Return the groups of these classes, finest first; one group where all want like sizes."""
+    wanted = {name: _octave_wanted(facts, name) for name in names}
+    groups: list[list[str]] = []
+    for name in sorted(names, key=lambda name: wanted[name]):
+        if groups and wanted[name] - wanted[groups[-1][0]] <= 1:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    order = {name: i for i, name in enumerate(names)}
+    return tuple(_group(facts, sorted(group, key=order.__getitem__), wanted) for group in groups)
+
+
+def _group(facts: Fingerprint, names: list[str], wanted: dict[str, int]) -> Group:
+    """Return the group of these classes at the size of most of their crops within its two octaves."""
+    octaves = sorted({wanted[name] for name in names})
+    crops = [crop for crop in facts.crops if any(_holds(crop, name) for name in names)]
+    near = [crop for crop in crops if octaves[0] <= _octave(crop) <= octaves[-1]]
+    edge, _ = Counter(round(edge_nm(crop.voxel_size_nm), 2) for crop in near).most_common(1)[0]
+    sizes = [edge_nm(crop.voxel_size_nm) for crop in crops if edge / FINER <= edge_nm(crop.voxel_size_nm)]
+    within = [size for size in sizes if size <= edge * COARSER]
+    thickness = {shape.name: shape.thickness_nm for shape in facts.shapes}
+    known = sorted((q.p50, name) for name in names if (q := thickness.get(name)) is not None)
+    thinnest = f"the thinnest, {known[0][1]}, is {known[0][0]:.0f} nm thick" if known else "all wider than their crops"
+    because = f"{', '.join(names)}: {thinnest}; {len(within)} crops of {min(within):.3g} to {max(within):.3g} nm"
+    return Group(edge, (min(within), max(within)), tuple(names), because)
+
+
+def _octave_wanted(facts: Fingerprint, name: str) -> int:
+    """Return the coarsest octave of crops that hold the class at which it spans enough voxels, else the finest."""
+    thickness = next((shape.thickness_nm for shape in facts.shapes if shape.name == name), None)
+    limit = math.inf if thickness is None else thickness.p50 / MIN_VOXELS_ACROSS
+    held = Counter(_octave(crop) for crop in facts.crops if _holds(crop, name))
+    enough = [octave for octave, number in held.items() if number >= LEAST_CROPS] or list(held)
+    fits = [octave for octave in enough if 2.0**octave <= limit * math.sqrt(2)]
+    return max(fits, default=min(enough))
+
+
+def _octave(crop: CropFacts) -> int:
+    return round(math.log2(edge_nm(crop.voxel_size_nm)))
+
+
+def _holds(crop: CropFacts, name: str) -> bool:
+    """Return whether the class is in the crop; one that was never counted there counts if it is annotated."""
+    count = crop.counts.get(name)
+    return name in crop.annotated if count is None else count.present > 0
