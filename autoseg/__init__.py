@@ -4,7 +4,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
 
     autoseg/
     ├── cli.py             THE DOOR: parse; nothing heavy is imported before a command runs
-    ├── commands.py        options → a call → text or JSON
+    ├── commands/          options → a call → text or JSON: planning.py · running.py · showing.py
     ├── arguments.py       what people type, as values
     ├── recipes/           SEVERAL VERBS IN A ROW
     │                      training.py (plan + DATA → RUN) · validate.py (predict + score) · demo.py · dev_run.py
@@ -12,8 +12,9 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │
     ├── plan/              WHAT TO DO
     │                      fingerprint.py · hardware.py · planner.py (the order of the rules) · draft.py
-    │                      rules_data.py · rules_split.py · rules_network.py · rules_machine.py
-    │                      rules_training.py · evidence.py, rules_scores.py (of a scored run) · shipped.py
+    │                      rules_data.py · rules_split.py · rules_sampling.py · rules_network.py
+    │                      rules_machine.py · rules_training.py · evidence.py, rules_scores.py (of a run)
+    │                      resolution.py (groups of classes) · shipped.py
     │                      (each: value, because, source)
     ├── train/             DOING IT
     │                      turns.py (whose turn) · sources.py (a crop) · patches.py (batch of step s) · loader.py

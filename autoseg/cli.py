@@ -182,9 +182,13 @@ def _plan(commands: _Commands) -> None:
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="default: ./data")
     parser.add_argument("--out", type=Path, metavar="PLAN", help="default: plans/<host name>.json")
     parser.add_argument("--fingerprint", type=Path, metavar="F", help="plan from a fingerprint instead of DATA")
-    parser.add_argument("--hardware", default="local", help="local, or the path of a hardware record")
+    parser.add_argument("--hardware", default="local", help="local, a shipped machine such as rocinante, or a file")
     parser.add_argument("--budget", metavar="TIME", help="training time such as 90s, 10m, 2h")
     parser.add_argument("--classes", metavar="a,b", help="train these classes, or sets such as cellmap-48, only")
+    parser.add_argument(
+        "--by-resolution", action="store_true", help="a plan for each group of classes that wants its own voxel size"
+    )
+    parser.add_argument("--scores", type=Path, metavar="F", help="scores.json of a run: change what it shows lacking")
     parser.add_argument("--folds", type=int, metavar="K", help="cross-validate: cut the data into K folds by volume")
     parser.add_argument("--fold", type=int, metavar="N", help="which fold validates, from 1 (default: 1)")
     parser.add_argument(

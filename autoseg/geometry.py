@@ -28,6 +28,11 @@ def alike(*sizes_nm: float) -> bool:
     return max(sizes_nm) <= (1 + ALIKE_WITHIN) * min(sizes_nm)
 
 
+def cube_edge_nm(voxel_size_nm: NmZYX) -> float:
+    """Return the edge of the cube that is as large as a voxel."""
+    return math.prod(voxel_size_nm) ** (1 / 3)
+
+
 def coarser_voxel_size(voxel_size_nm: NmZYX, shape_zyx: VoxelsZYX) -> NmZYX:
     """Return the voxel size of the next level of a pyramid: axes that are not yet coarser than the finest double.
 

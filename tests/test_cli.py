@@ -22,13 +22,15 @@ import tifffile
 from strategies import child_environment, em_path, make_dataset
 from test_planner import cheap_trace, tiny_plan
 
-from autoseg import __version__, commands
+from autoseg import __version__
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
+from autoseg.commands import showing
 from autoseg.errors import DataError, PlanError
 from autoseg.plan import hardware, rules_machine
 from autoseg.predict import blocks, export
 from autoseg.recipes.training import train_on
+from autoseg.report import terminal
 from autoseg.report.terminal import difference
 from autoseg.schema import Plan, load_as, save
 
@@ -500,7 +502,7 @@ def test_the_size_of_the_cache_is_of_all_that_autoseg_keeps_there(
     for part in ("codes", "checksums", "em", "of-the-user"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "x").write_bytes(bytes(2**20))
-    commands._tell_cache(argparse.Namespace(cache=tmp_path), commands.terminal.make_console())
+    showing.tell_cache(argparse.Namespace(cache=tmp_path), terminal.make_console())
     assert f"code cache {tmp_path}, 3 MiB" in capsys.readouterr().err
 
 

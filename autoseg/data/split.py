@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from autoseg.data.islands import TOUCHING, Island, SplitCrop, cut, frame_of, grid_of, islands, least_in
 from autoseg.errors import PlanError
-from autoseg.geometry import Grid
+from autoseg.geometry import Grid, cube_edge_nm
 from autoseg.schema import CropFacts, Fingerprint, Region, Split, SplitRule, VolumeFacts
 
 VALIDATION_SHARE = 0.1
@@ -27,8 +27,10 @@ BOX_STEP = 64
 DEFAULT_FOLDS = 5
 
 
-def split_crops(facts: Fingerprint, classes: Sequence[str]) -> list[SplitCrop]:
-    """Return what the rule looks at of every crop of a data set."""
+def split_crops(
+    facts: Fingerprint, classes: Sequence[str], voxel_edge_nm: tuple[float, float] | None = None
+) -> list[SplitCrop]:
+    """Return what the rule looks at of every crop of a data set, or of those whose voxels are of such edges."""
     volumes = {volume.name: volume for volume in facts.volumes}
     return [
         SplitCrop(
@@ -42,7 +44,12 @@ def split_crops(facts: Fingerprint, classes: Sequence[str]) -> list[SplitCrop]:
             along={name: (n.along_y, n.along_x) for name in classes if (n := crop.counts.get(name)) and n.along_y},
         )
         for crop in facts.crops
+        if voxel_edge_nm is None or _within(cube_edge_nm(crop.voxel_size_nm), voxel_edge_nm)
     ]
+
+
+def _within(edge_nm: float, edges_nm: tuple[float, float]) -> bool:
+    return edges_nm[0] * (1 - 1e-6) <= edge_nm <= edges_nm[1] * (1 + 1e-6)
 
 
 def _outer_start(crop: CropFacts, volume: VolumeFacts) -> tuple[bool, bool, bool]:

@@ -12,6 +12,7 @@ from autoseg.errors import PlanError
 from autoseg.plan import rules_data as data
 from autoseg.plan import rules_machine as fit
 from autoseg.plan import rules_network as network
+from autoseg.plan import rules_sampling as sampling
 from autoseg.plan import rules_split
 from autoseg.plan import rules_training as training
 from autoseg.plan.draft import Choice, Draft, numbers
@@ -76,11 +77,11 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("num_workers", fit.choose_num_workers),
     ("normalization.kind", data.choose_normalization),
     ("normalization.volumes", data.choose_volume_greys),
-    ("class_weights", data.choose_class_weights),
-    ("sampling.class_centred_fraction", data.choose_sampling_fraction),
-    ("sampling.class_floor", data.choose_class_floor),
-    ("sampling.class_power", data.choose_class_power),
-    ("sampling.crops_per_step", data.choose_crops_per_step),
+    ("class_weights", sampling.choose_class_weights),
+    ("sampling.class_centred_fraction", sampling.choose_sampling_fraction),
+    ("sampling.class_floor", sampling.choose_class_floor),
+    ("sampling.class_power", sampling.choose_class_power),
+    ("sampling.crops_per_step", sampling.choose_crops_per_step),
     ("augmentation.preset", training.choose_preset),
     *(
         (f"augmentation.{name}", functools.partial(training.choose_augmentation_field, field=name))
@@ -102,8 +103,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("sliding_window.batch_size", training.choose_window_batch),
     ("sliding_window.mirror_axes", training.choose_mirrors),
     ("sliding_window.transpose_yx", training.choose_transpose),
-    ("decode.thresholds", data.choose_thresholds),
-    ("decode.tune_thresholds", data.choose_tuning),
+    ("decode.thresholds", sampling.choose_thresholds),
+    ("decode.tune_thresholds", sampling.choose_tuning),
     ("predicted_memory_bytes", fit.choose_memory),
     ("predicted_ram_bytes", fit.choose_ram),
     ("predicted_step_s", fit.choose_step_s),

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from autoseg.geometry import NmZYX
+from autoseg.geometry import cube_edge_nm
 from autoseg.schema import CropFacts, Fingerprint
 
 MIN_VOXELS_ACROSS = 3.0
@@ -30,22 +30,9 @@ class Group(NamedTuple):
     """Classes of one voxel size: its typical edge, the edges of the crops that serve it, and why."""
 
     edge_nm: float
-    edge_range_nm: tuple[float, float]
+    voxel_edge_nm: tuple[float, float]
     classes: tuple[str, ...]
     because: str
-
-
-def edge_nm(voxel_size_nm: NmZYX) -> float:
-    """Return the edge of the cube that is as large as a voxel."""
-    return math.prod(voxel_size_nm) ** (1 / 3)
-
-
-def in_range(crop: CropFacts, edge_range_nm: tuple[float, float] | None) -> bool:
-    """Return whether the labels of a crop are as fine as a plan asks for; None asks for nothing."""
-    if edge_range_nm is None:
-        return True
-    low, high = edge_range_nm
-    return low * (1 - 1e-6) <= edge_nm(crop.voxel_size_nm) <= high * (1 + 1e-6)
 
 
 def resolution_groups(facts: Fingerprint, names: Sequence[str]) -> tuple[Group, ...]:
@@ -66,8 +53,8 @@ def _group(facts: Fingerprint, names: list[str], wanted: dict[str, int]) -> Grou
     octaves = sorted({wanted[name] for name in names})
     crops = [crop for crop in facts.crops if any(_holds(crop, name) for name in names)]
     near = [crop for crop in crops if octaves[0] <= _octave(crop) <= octaves[-1]]
-    edge, _ = Counter(round(edge_nm(crop.voxel_size_nm), 2) for crop in near).most_common(1)[0]
-    sizes = [edge_nm(crop.voxel_size_nm) for crop in crops if edge / FINER <= edge_nm(crop.voxel_size_nm)]
+    edge, _ = Counter(round(cube_edge_nm(crop.voxel_size_nm), 2) for crop in near).most_common(1)[0]
+    sizes = [cube_edge_nm(crop.voxel_size_nm) for crop in crops if edge / FINER <= cube_edge_nm(crop.voxel_size_nm)]
     within = [size for size in sizes if size <= edge * COARSER]
     thickness = {shape.name: shape.thickness_nm for shape in facts.shapes}
     known = sorted((q.p50, name) for name in names if (q := thickness.get(name)) is not None)
@@ -87,7 +74,7 @@ def _octave_wanted(facts: Fingerprint, name: str) -> int:
 
 
 def _octave(crop: CropFacts) -> int:
-    return round(math.log2(edge_nm(crop.voxel_size_nm)))
+    return round(math.log2(cube_edge_nm(crop.voxel_size_nm)))
 
 
 def _holds(crop: CropFacts, name: str) -> bool:

@@ -6,16 +6,11 @@ import math
 import statistics
 from collections import Counter
 
-import numpy as np
-
 from autoseg.data.classes import cellmap_table
-from autoseg.data.em import CHUNK_CACHE_BYTES
-from autoseg.data.islands import holders
-from autoseg.data.split import split_crops
-from autoseg.data.store import pyramid_grids
 from autoseg.errors import PlanError
-from autoseg.geometry import Grid, NmZYX, VoxelsZYX, coarser_voxel_size
+from autoseg.geometry import NmZYX, VoxelsZYX, coarser_voxel_size, cube_edge_nm
 from autoseg.plan.draft import Choice, Draft
+from autoseg.plan.resolution import MIN_VOXELS_ACROSS, resolution_groups
 from autoseg.plan.rules_machine import usable_bytes
 from autoseg.schema import CropFacts, VolumeGrey, nearest
 
@@ -24,7 +19,6 @@ VALID_SHARE = 0.9
 PATCH_EDGES = (512, 384, 320, 256, 192, 160, 128, 96, 64, 48, 32, 16)
 SOLID_EDGES = (192, 160, 128, 96, 64)
 SOLID_BYTES_PER_VOXEL = 1400  # traced: the narrow RSUNet, 14 classes, bf16, with the share of workspace
-MIN_VOXELS_ACROSS = 3.0
 SLICES_2_5D = 5
 SLICES_OF_SECTIONS = 3
 MIN_POSITIVE_VOXELS = 50
@@ -82,7 +76,7 @@ def choose_em_voxel_size(draft: Draft) -> Choice:
     """Return the voxel size of the EM of most annotated voxels; a file that declares none is taken to have it."""
     volumes = {volume.name: volume.voxel_size_nm for volume in draft.fingerprint.volumes}
     votes: Counter[NmZYX] = Counter()
-    for crop in _training_crops(draft):
+    for crop in training_crops(draft):
         votes[volumes[crop.volume]] += math.prod(crop.shape_zyx)
     size, won = votes.most_common(1)[0]
     because = f"{won / votes.total():.0%} of the annotated voxels lie in such EM; assumed where a file declares none"
@@ -94,7 +88,7 @@ def choose_voxel_size(draft: Draft) -> Choice:
 
     A CPU takes the next coarser one if the thinnest class still spans enough voxels there.
     """
-    crops = _training_crops(draft)
+    crops = training_crops(draft)
     volumes = {volume.name: volume for volume in draft.fingerprint.volumes}
     votes: Counter[NmZYX] = Counter()
     exact: dict[NmZYX, NmZYX] = {}
@@ -114,12 +108,21 @@ def choose_voxel_size(draft: Draft) -> Choice:
     because += " (that of their EM, where labels are finer)" if key in finer else ""
     others = [_nm(other) for other in votes if other != key]
     because += f"; resampled on the fly: {', '.join(others[:3])}" if others else ""
+    because += _ill_served(draft, size)
     return _coarser(draft, size, because) or Choice(size, because, "fingerprint")
+
+
+def _ill_served(draft: Draft, size: NmZYX) -> str:
+    """Say which classes would want another voxel size, and how to give it to them."""
+    groups = resolution_groups(draft.fingerprint, [entry.name for entry in draft["classes"]])
+    near = min(groups, key=lambda group: abs(math.log2(group.edge_nm / cube_edge_nm(size))))
+    lost = [f"{', '.join(group.classes)} ({group.edge_nm:.3g} nm)" for group in groups if group is not near]
+    return f"; not best for {'; '.join(lost)}: plan --by-resolution" if lost else ""
 
 
 def _coarser(draft: Draft, size: NmZYX, because: str) -> Choice | None:
     """Return the voxel size of the next level of a pyramid, None where it is not for this device or these classes."""
-    crops = [crop.grid.at_voxel_size(size).shape_zyx for crop in _training_crops(draft)]
+    crops = [crop.grid.at_voxel_size(size).shape_zyx for crop in training_crops(draft)]
     smallest = tuple(min(shape[axis] for shape in crops) for axis in range(3))
     shapes = {shape.name: shape for shape in draft.fingerprint.shapes}
     names = [entry.name for entry in draft["classes"]]
@@ -232,91 +235,8 @@ def choose_volume_greys(draft: Draft) -> Choice:
     return Choice(greys, "mean and sd of each, as measured; other volumes are measured when opened", "fingerprint")
 
 
-def choose_class_weights(draft: Draft) -> Choice:
-    """Return one weight for every class."""
-    names = [entry.name for entry in draft["classes"]]
-    set_by_user = draft.settings.get("class_weights.*", {})
-    weights = {name: set_by_user.get(name, 1.0) for name in names}
-    because = "every class counts alike; rare ones are drawn more often instead"
-    if set_by_user:
-        return Choice(weights, f"set by the user for {', '.join(set_by_user)}, else 1", "user")
-    return Choice(weights, because, "simplest; weights are unmeasured here")
-
-
-def choose_sampling_fraction(draft: Draft) -> Choice:
-    """Return the share of patches that are centred on a voxel of a class."""
-    rarest = min((_share(draft, entry.name), entry.name) for entry in draft["classes"])
-    because = f"the other half shows tissue as it is; {rarest[1]} fills only {rarest[0]:.2%}"
-    return Choice(0.5, because, "unmeasured; nnU-Net draws a third")
-
-
-def choose_class_floor(draft: Draft) -> Choice:
-    """Return the share of patches in which every class that exists is centred at least."""
-    names = [entry.name for entry in draft["classes"]]
-    taught = holders(draft["split"].train, split_crops(draft.fingerprint, names))
-    centred = draft["sampling.class_centred_fraction"]
-    floor = min(centred / 2 / max(1, len(taught)), centred / len(names))
-    because = f"{floor:.2%} of all patches or more for each of {len(taught)} classes"
-    if taught:
-        fewest, rarest = min((len(crops), name) for name, crops in taught.items())
-        because += f"; {rarest} is in {fewest} of {len(_training_crops(draft))} crops"
-    if left := [name for name in names if name not in taught]:
-        because += f"; nothing to train on: {', '.join(left)}"
-    return Choice(floor, because, "half of the centred share, split evenly; unmeasured")
-
-
-def choose_class_power(_: Draft) -> Choice:
-    """Return how the rest of the centred share depends on the number of voxels of a class."""
-    return Choice(0.5, "the other half of the centred share goes by the square root of voxels", "unmeasured")
-
-
-def choose_crops_per_step(draft: Draft) -> Choice:
-    """Return from how many places a step is drawn: from fewer than it has patches where chunks do not stay decoded."""
-    patches = draft["batch_size"] * draft["accumulate_batches"]
-    em_bytes = _em_bytes(draft)
-    if em_bytes <= CHUNK_CACHE_BYTES:
-        return Choice(patches, "a place for each patch: the EM of all crops stays decoded", "chunk cache of a process")
-    because = f"up to two of {patches} patches from a place: {em_bytes / 2**20:.0f} MiB of EM do not stay decoded"
-    return Choice(max(min(2, patches), -(-patches // 2)), because, "chunk cache of a process")
-
-
-def _em_bytes(draft: Draft) -> int:
-    """Return the bytes of the EM of the training crops at the level that is read, decoded.
-
-    A fingerprint knows only the finest level of a volume; the others are taken to be those that `import` would write.
-    """
-    volumes = {volume.name: volume for volume in draft.fingerprint.volumes}
-    total = 0
-    for crop in _training_crops(draft):
-        volume = volumes[crop.volume]
-        sizes = [g.voxel_size_nm for g in pyramid_grids(Grid(volume.shape_zyx, volume.voxel_size_nm, (0.0, 0.0, 0.0)))]
-        fine = [s for s in sizes if all(v <= w * 1.01 for v, w in zip(s, draft["voxel_size_nm"], strict=True))]
-        shape = crop.grid.at_voxel_size(fine[-1] if fine else sizes[0]).shape_zyx
-        total += math.prod(shape) * np.dtype(volume.dtype).itemsize
-    return total
-
-
-def choose_thresholds(draft: Draft) -> Choice:
-    """Return the probability at which each class is called present."""
-    names = [entry.name for entry in draft["classes"]]
-    set_by_user = draft.settings.get("decode.thresholds.*", {})
-    thresholds = {name: set_by_user.get(name, 0.5) for name in names}
-    if set_by_user:
-        return Choice(thresholds, f"set by the user for {', '.join(set_by_user)}, else 0.5", "user")
-    return Choice(thresholds, "sigmoid outputs trained with Dice are cut at one half", "convention")
-
-
-def choose_tuning(draft: Draft) -> Choice:
-    """Return whether the validation regions choose the thresholds after training."""
-    if not draft["split"].validate:
-        return Choice(False, "nothing to validate on", "split")
-    if draft["split"].rule == "box":
-        return Choice(False, "one box is too small a sample to choose by", "VNC: tuned on it scored .004 less, once")
-    because = "patches centred on rare classes make them look common; validation sees them as they are"
-    return Choice(True, because, "sampling.class_centred_fraction")
-
-
-def _training_crops(draft: Draft) -> list[CropFacts]:
+def training_crops(draft: Draft) -> list[CropFacts]:
+    """Return the crops of which something trains."""
     train = {region.crop for region in draft["split"].train}
     return [crop for crop in draft.fingerprint.crops if crop.name in train]
 
@@ -325,7 +245,8 @@ def _positive(draft: Draft, name: str) -> int:
     return sum(crop.counts[name].present for crop in draft.fingerprint.crops if name in crop.counts)
 
 
-def _share(draft: Draft, name: str) -> float:
+def share_of(draft: Draft, name: str) -> float:
+    """Return the share of a class in the voxels in which it is known."""
     counts = [crop.counts[name] for crop in draft.fingerprint.crops if name in crop.counts]
     known = sum(c.present + c.absent for c in counts)
     return sum(c.present for c in counts) / known if known else 0.0
@@ -333,7 +254,7 @@ def _share(draft: Draft, name: str) -> float:
 
 def _median_extent(draft: Draft) -> VoxelsZYX:
     """Return the median edges of the training crops, in voxels of the plan's size."""
-    shapes = [crop.grid.at_voxel_size(draft["voxel_size_nm"]).shape_zyx for crop in _training_crops(draft)]
+    shapes = [crop.grid.at_voxel_size(draft["voxel_size_nm"]).shape_zyx for crop in training_crops(draft)]
     z, y, x = (int(statistics.median_low([shape[axis] for shape in shapes])) for axis in range(3))
     return z, y, x
 

@@ -21,11 +21,15 @@ def choose_split(draft: Draft) -> Choice:
 
     Where the user sets one side, the other keeps what does not overlap it. Raises PlanError where nothing trains.
     """
-    crops = split_crops(draft.fingerprint, [entry.name for entry in draft["classes"]])
+    edges = draft.settings.get("split.voxel_edge_nm")
+    crops = split_crops(draft.fingerprint, [entry.name for entry in draft["classes"]], edges)
+    if edges and not crops:
+        raise PlanError("split.voxel_edge_nm", f"no crop has voxels of {edges[0]:g} to {edges[1]:g} nm", "widen it")
     asked = {name: draft.settings[f"split.{name}"] for name in SETTABLE if f"split.{name}" in draft.settings}
     fold = asked.pop("fold", None)
     folds = asked.pop("folds", DEFAULT_FOLDS if fold is not None else None)
     split = derive_split(crops, draft["seed"], folds=folds, fold=fold)
+    split = msgspec.structs.replace(split, voxel_edge_nm=edges)
     because = {
         "datasplit": "datasplit.csv fixes it",
         "volumes": f"whole volumes of {len({c.volume for c in crops})}, so that no EM is on both sides",

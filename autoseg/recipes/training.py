@@ -77,7 +77,8 @@ def _check_classes(plan: Plan, facts: Fingerprint, data: Path) -> None:
 
 def _split_for(plan: Plan, facts: Fingerprint, data: Path, warn: Warn) -> Split:
     """Return the plan's split if every region of it exists in this data, else derive it by the plan's rule."""
-    shapes = {crop.name: crop.shape_zyx for crop in facts.crops}
+    crops = split_crops(facts, plan.class_names, plan.split.voxel_edge_nm)
+    shapes = {crop.name: crop.shape_zyx for crop in crops}
     regions = (*plan.split.train, *plan.split.validate)
     fits = all(
         region.crop in shapes
@@ -87,5 +88,5 @@ def _split_for(plan: Plan, facts: Fingerprint, data: Path, warn: Warn) -> Split:
     if fits and {region.crop for region in regions} == set(shapes):
         return plan.split
     warn(f"the split of {plan.name} does not fit {data}; it was derived again and written to adaptations.jsonl")
-    crops = split_crops(facts, plan.class_names)
-    return derive_split(crops, plan.seed, folds=plan.split.folds, fold=plan.split.fold)
+    split = derive_split(crops, plan.seed, folds=plan.split.folds, fold=plan.split.fold)
+    return msgspec.structs.replace(split, voxel_edge_nm=plan.split.voxel_edge_nm)

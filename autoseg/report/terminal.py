@@ -33,9 +33,9 @@ RISING = 0.005
 NAMED_PAIRS = 4
 
 
-def make_console(*, quiet: bool = False) -> Console:
-    """Return the console for people: stderr, so that stdout stays for --json; brackets and colons are themselves."""
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+def make_console(*, quiet: bool = False, stdout: bool = False) -> Console:
+    """Return the console for people, on stderr or stdout; brackets and colons are themselves."""
+    return Console(stderr=not stdout, quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Split(Record, frozen=True, kw_only=True):
     """Regions to learn from and regions to choose checkpoints by; a voxel that lies in both never teaches.
 
     That holds for all crops that show the same EM. A derived split has none; datasplit.csv and the user may.
+    Crops take part whose labels have voxels as large as cubes of `voxel_edge_nm`, from and to; None: all.
     With cross-validation this is fold number `fold` (from 1) of `folds`: together they validate every voxel once.
     """
 
@@ -43,6 +44,7 @@ class Split(Record, frozen=True, kw_only=True):
     rule: SplitRule
     folds: int | None = None
     fold: int | None = None
+    voxel_edge_nm: tuple[float, float] | None = None
 
 
 class Network(Record, frozen=True, kw_only=True):

@@ -1,25 +1,20 @@
-"""What each command of the door does: turn options into a call, and its result into text or JSON."""
+"""Commands of a run: train, predict, evaluate, report, demo."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from autoseg.arguments import to_cells, to_instances, to_interval, to_number, to_seconds, to_values
-from autoseg.data.codes import default_cache
-from autoseg.data.convert import import_volumes
+from autoseg.arguments import to_interval, to_seconds
+from autoseg.commands.showing import EXIT_OK, EXIT_STOPPED, cache_of, consoles, print_json, tell_cache
 from autoseg.data.dataset import open_dataset
 from autoseg.data.store import checksums_in
-from autoseg.data.writer import ImportRequest
 from autoseg.errors import DataError, PlanError
-from autoseg.plan import fingerprint, make_plan, parse_settings, probe_hardware
+from autoseg.plan import own_or_shipped
 from autoseg.predict import (
     TIFF_ENDINGS,
     Region,
@@ -37,108 +32,22 @@ from autoseg.predict import (
 )
 from autoseg.recipes import demo as demo_recipe
 from autoseg.recipes.dev_run import dev_run
-from autoseg.recipes.profile import profile_plan
 from autoseg.recipes.training import data_of, split_of, train_on
 from autoseg.recipes.validate import evaluate_run
 from autoseg.report import terminal
 from autoseg.report.page import write_report
-from autoseg.schema import Fingerprint, Hardware, Plan, Scores, TunedDecode, load_as, read_json_lines, save
-
-EXIT_OK, EXIT_STOPPED = 0, 143
-
-
-def run_import(options: argparse.Namespace) -> int:
-    """Bring volumes into DATA."""
-    sizes = [to_number("--voxel-size-nm", text) for text in options.voxel_size_nm]
-    request = ImportRequest(
-        data=options.data,
-        name=options.name,
-        em=options.em,
-        voxel_size_nm=(sizes[0], sizes[1], sizes[2]),
-        labels=options.labels,
-        values=to_values(options.values),
-        instances=to_instances(options.instances),
-        mask=options.mask,
-        ignore_value=options.ignore_value,
-        grid=(options.grid[0], options.grid[1], options.grid[2]),
-        crops=to_cells("--crops", options.crops) if options.crops else None,
-        validate=to_cells("--validate", options.validate),
-    )
-    console, results = _consoles(options)
-    imported = import_volumes(request)
-    for remark in imported.remarks:
-        console.print(f"note: {remark}")
-    labelled = f"crops {', '.join(imported.crops)}" if imported.crops else "EM without labels"
-    results.print(f"imported {', '.join(imported.datasets)} into {options.data}: {labelled}")
-    _print_json(options, imported._asdict())
-    return EXIT_OK
-
-
-def run_fingerprint(options: argparse.Namespace) -> int:
-    """Measure DATA."""
-    console, results = _consoles(options)
-    with terminal.progress(console) as progress:
-        facts = fingerprint(options.data, _cache(options), progress)
-    if options.out:
-        save(facts, options.out)
-    results.print(terminal.fingerprint_table(facts))
-    terminal.warn(facts, console)
-    _tell_cache(options, console)
-    _print_json(options, facts)
-    return EXIT_OK
-
-
-def run_plan(options: argparse.Namespace) -> int:
-    """Plan, or show what differs between two plans."""
-    console, results = _consoles(options)
-    if options.diff:
-        return _plan_difference(options, results)
-    if options.fingerprint and options.data:
-        raise PlanError("--fingerprint", "and DATA are both given", "pass one of them")
-    hardware = probe_hardware() if options.hardware == "local" else load_as(Path(options.hardware), Hardware)
-    out = options.out or Path("plans") / f"{hardware.name}.json"
-    settings = parse_settings(options.set)
-    if options.budget:
-        settings["budget_s"] = to_seconds(options.budget)
-    if options.classes:
-        settings["classes.names"] = [name.strip() for name in options.classes.split(",") if name.strip()]
-    settings |= {f"split.{n}": v for n in ("folds", "fold") if (v := getattr(options, n)) is not None}
-    if options.fingerprint:
-        facts = load_as(options.fingerprint, Fingerprint)
-    else:
-        with terminal.progress(console) as progress:
-            facts = fingerprint(options.data or Path("data"), _cache(options), progress)
-    terminal.warn(facts, console)
-    plan = make_plan(out.stem, facts, hardware, settings)
-    save(plan, out)
-    results.print(terminal.plan_table(plan))
-    results.print(terminal.plan_summary(plan), style="bold")
-    where = f" --data {options.data}" if options.data else ""
-    results.print(f"wrote {out}; next: autoseg train --plan {out}{where}")
-    _tell_cache(options, console)
-    _print_json(options, plan)
-    return EXIT_OK
-
-
-def run_profile(options: argparse.Namespace) -> int:
-    """Measure what a plan costs here."""
-    console, results = _consoles(options)
-    plan = load_as(options.plan, Plan)
-    found = profile_plan(plan, options.data, _cache(options), device=options.device, tell=console.print)
-    terminal.show_profile(found, results)
-    _print_json(options, found)
-    return EXIT_OK
+from autoseg.schema import Plan, Scores, TunedDecode, load_as, read_json_lines, save
 
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, resume, or try everything once."""
-    console, results = _consoles(options)
-    plan = load_as(options.plan, Plan)
-    cache = _cache(options)
+    console, results = consoles(options)
+    plan = load_as(own_or_shipped(options.plan, "plans"), Plan)
+    cache = cache_of(options)
     if options.fast_dev_run:
         for line in dev_run(plan, options.data, device=options.device, cache=cache):
             results.print(line)
-        _print_json(options, {"works": True})
+        print_json(options, {"works": True})
         return EXIT_OK
     run = options.run or Path("runs") / plan.name
     view = terminal.TrainingView(console)
@@ -161,14 +70,14 @@ def run_train(options: argparse.Namespace) -> int:
         results.print(terminal.threshold_line(load_as(run / "decode.json", TunedDecode), plan.decode.thresholds))
     if not outcome.stopped_by:
         console.print(f"run {run}; next: autoseg evaluate --run {run} --per-class, or autoseg report {run}")
-    _tell_cache(options, console)
-    _print_json(options, outcome._asdict() | {"run": str(run)})
+    tell_cache(options, console)
+    print_json(options, outcome._asdict() | {"run": str(run)})
     return EXIT_STOPPED if outcome.stopped_by else EXIT_OK
 
 
 def run_predict(options: argparse.Namespace) -> int:
     """Label crops of DATA, or a volume."""
-    console, results = _consoles(options)
+    console, results = consoles(options)
     zarr = zarr_of(options.out)
     trained = open_run(options.run, options.checkpoint, options.device)
     refuse_existing(options.out, trained.plan, options.volume or "", probabilities=options.probabilities)
@@ -182,8 +91,8 @@ def run_predict(options: argparse.Namespace) -> int:
         numbers = ", ".join(f"{k} {name}" for k, name in enumerate(trained.plan.class_names, start=1))
         results.print(f"values of the label map: 0 none, {numbers}")
     results.print(f"wrote {options.out} with checkpoint {trained.checkpoint}")
-    _tell_cache(options, console)
-    _print_json(
+    tell_cache(options, console)
+    print_json(
         options, {"out": str(options.out), "regions": [r.name for r in regions], "checkpoint": trained.checkpoint}
     )
     return EXIT_OK
@@ -203,7 +112,7 @@ def _regions(options: argparse.Namespace, trained: Trained) -> list[Region]:
     if options.crops:
         raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
     box = [to_interval(text) for text in options.roi_nm or ()]
-    region = file_region(trained.plan, options.volume, _cache(options) / "em")
+    region = file_region(trained.plan, options.volume, cache_of(options) / "em")
     try:
         return [cut_roi(region, box) if box else region]
     except DataError:
@@ -218,7 +127,7 @@ def _predict_into(
     for size in {region.grid.voxel_size_nm for region in regions}:
         same = " as planned" if size == trained.plan.voxel_size_nm else f", resampled to {_nm(trained.plan)} and back"
         console.print(f"EM of {' x '.join(f'{v:g}' for v in size)} nm{same}")
-    checksums, more = checksums_in(_cache(options)), options.probabilities
+    checksums, more = checksums_in(cache_of(options)), options.probabilities
     with terminal.progress(console) as progress:
         predict_regions(trained, regions, zarr, probabilities=more, checksums=checksums, progress=progress)
     if zarr != options.out:
@@ -228,7 +137,7 @@ def _predict_into(
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Score a run."""
-    console, results = _consoles(options)
+    console, results = consoles(options)
     if options.pred and (options.checkpoint or options.device):
         raise DataError("--pred", "is scored as it is", "leave out --checkpoint and --device")
     run = options.run or _only_run()
@@ -242,7 +151,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
             prediction=options.pred,
             which=options.checkpoint or "best",
             device=options.device or "auto",
-            cache=_cache(options),
+            cache=cache_of(options),
             progress=progress,
         )
     out = options.out or run / "scores.json"
@@ -260,23 +169,23 @@ def run_evaluate(options: argparse.Namespace) -> int:
         old = load_as(options.against, Scores)
         results.print(terminal.change_table(judged.scores, old, f"against {options.against}"))
     results.print(f"wrote {out}")
-    _print_json(options, judged.scores)
+    print_json(options, judged.scores)
     return EXIT_OK
 
 
 def run_report(options: argparse.Namespace) -> int:
     """Write the page of a run."""
-    results = terminal.make_console()
+    _, results = consoles(options)
     out = options.out or options.run / "report.html"
     write_report(options.run, out, options.scores, options.cache)
     results.print(f"wrote {out}")
-    _print_json(options, {"report": str(out)})
+    print_json(options, {"report": str(out)})
     return EXIT_OK
 
 
 def run_demo(options: argparse.Namespace) -> int:
     """Do the main job on synthetic data."""
-    console, results = _consoles(options)
+    console, results = consoles(options)
     view = terminal.TrainingView(console)
     try:
         demo = demo_recipe.run_demo(
@@ -296,21 +205,7 @@ def run_demo(options: argparse.Namespace) -> int:
     report = options.dir / "report.html"
     write_report(options.dir / "run", report, options.dir / "scores.json")
     results.print(f"wrote {options.dir / 'scores.json'} and {report}")
-    _print_json(options, {"scores": msgspec.to_builtins(demo.scores), "by_threshold": demo.by_threshold})
-    return EXIT_OK
-
-
-def _consoles(options: argparse.Namespace) -> tuple[Console, Console]:
-    """Return where to say what goes on, which --quiet silences, and where to show results."""
-    return terminal.make_console(quiet=options.quiet), terminal.make_console()
-
-
-def _plan_difference(options: argparse.Namespace, results: Console) -> int:
-    a, b = (load_as(path, Plan) for path in options.diff)
-    rows = terminal.difference(msgspec.to_builtins(a), msgspec.to_builtins(b))
-    rows = [row for row in rows if not row[0].startswith("reasons")]
-    results.print(terminal.difference_table(rows, (str(options.diff[0]), str(options.diff[1]))))
-    _print_json(options, {field: [x, y] for field, x, y in rows})
+    print_json(options, {"scores": msgspec.to_builtins(demo.scores), "by_threshold": demo.by_threshold})
     return EXIT_OK
 
 
@@ -324,25 +219,3 @@ def _only_run() -> Path:
 
 def _nm(plan: Plan) -> str:
     return " x ".join(f"{v:g}" for v in plan.voxel_size_nm) + " nm"
-
-
-def _cache(options: argparse.Namespace) -> Path:
-    cache: Path = options.cache or default_cache()
-    return cache
-
-
-def _tell_cache(options: argparse.Namespace, console: Console) -> None:
-    """Say, at the end, where the cache is and how large what autoseg wrote there."""
-    cache = _cache(options)
-    size = 0
-    for part in ("codes", "checksums", "em"):
-        for folder, _, files in os.walk(cache / part):
-            for name in files:
-                with contextlib.suppress(OSError):
-                    size += os.stat(os.path.join(folder, name)).st_size
-    console.print(f"code cache {cache}, {size / 2**20:.0f} MiB (deleting it is always safe)", style="dim")
-
-
-def _print_json(options: argparse.Namespace, value: Any) -> None:
-    if options.json:
-        print(msgspec.json.encode(value, enc_hook=str).decode())

@@ -1,0 +1,143 @@
+"""Commands up to a plan: import, fingerprint, plan, profile."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from autoseg.arguments import to_cells, to_instances, to_number, to_seconds, to_values
+from autoseg.commands.showing import EXIT_OK, cache_of, consoles, print_json, tell_cache
+from autoseg.data.convert import import_volumes
+from autoseg.data.writer import ImportRequest
+from autoseg.errors import PlanError
+from autoseg.plan import (
+    fingerprint,
+    hardware_file,
+    make_plan,
+    own_or_shipped,
+    parse_settings,
+    probe_hardware,
+    read_evidence,
+    resolution_groups,
+)
+from autoseg.recipes.profile import profile_plan
+from autoseg.report import terminal
+from autoseg.schema import Fingerprint, Hardware, Plan, load_as, save
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Bring volumes into DATA."""
+    sizes = [to_number("--voxel-size-nm", text) for text in options.voxel_size_nm]
+    request = ImportRequest(
+        data=options.data,
+        name=options.name,
+        em=options.em,
+        voxel_size_nm=(sizes[0], sizes[1], sizes[2]),
+        labels=options.labels,
+        values=to_values(options.values),
+        instances=to_instances(options.instances),
+        mask=options.mask,
+        ignore_value=options.ignore_value,
+        grid=(options.grid[0], options.grid[1], options.grid[2]),
+        crops=to_cells("--crops", options.crops) if options.crops else None,
+        validate=to_cells("--validate", options.validate),
+    )
+    console, results = consoles(options)
+    imported = import_volumes(request)
+    for remark in imported.remarks:
+        console.print(f"note: {remark}")
+    labelled = f"crops {', '.join(imported.crops)}" if imported.crops else "EM without labels"
+    results.print(f"imported {', '.join(imported.datasets)} into {options.data}: {labelled}")
+    print_json(options, imported._asdict())
+    return EXIT_OK
+
+
+def run_fingerprint(options: argparse.Namespace) -> int:
+    """Measure DATA."""
+    console, results = consoles(options)
+    with terminal.progress(console) as progress:
+        facts = fingerprint(options.data, cache_of(options), progress)
+    if options.out:
+        save(facts, options.out)
+    results.print(terminal.fingerprint_table(facts))
+    terminal.warn(facts, console)
+    tell_cache(options, console)
+    print_json(options, facts)
+    return EXIT_OK
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Plan, or show what differs between two plans."""
+    console, results = consoles(options)
+    if options.diff:
+        return _plan_difference(options, results)
+    if options.fingerprint and options.data:
+        raise PlanError("--fingerprint", "and DATA are both given", "pass one of them")
+    local = options.hardware == "local"
+    hardware = probe_hardware() if local else load_as(hardware_file(options.hardware), Hardware)
+    out = options.out or Path("plans") / f"{hardware.name}.json"
+    settings = _settings(options)
+    if options.fingerprint:
+        facts = load_as(options.fingerprint, Fingerprint)
+    else:
+        with terminal.progress(console) as progress:
+            facts = fingerprint(options.data or Path("data"), cache_of(options), progress)
+    terminal.warn(facts, console)
+    evidence = read_evidence(options.scores) if options.scores else None
+    wanted = _by_resolution(facts, hardware, out, settings) if options.by_resolution else {out: settings}
+    plans = {path: make_plan(path.stem, facts, hardware, of_path, evidence) for path, of_path in wanted.items()}
+    for path, plan in plans.items():
+        save(plan, path)
+        results.print(terminal.plan_table(plan))
+        results.print(terminal.plan_summary(plan), style="bold")
+        where = f" --data {options.data}" if options.data else ""
+        results.print(f"wrote {path}; next: autoseg train --plan {path}{where}")
+    tell_cache(options, console)
+    print_json(options, [*plans.values()] if options.by_resolution else plans[out])
+    return EXIT_OK
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the user decided, by dotted field."""
+    settings = parse_settings(options.set)
+    if options.budget:
+        settings["budget_s"] = to_seconds(options.budget)
+    if options.classes:
+        settings["classes.names"] = [name.strip() for name in options.classes.split(",") if name.strip()]
+    return settings | {f"split.{n}": v for n in ("folds", "fold") if (v := getattr(options, n)) is not None}
+
+
+def _by_resolution(
+    facts: Fingerprint, hardware: Hardware, out: Path, settings: dict[str, Any]
+) -> dict[Path, dict[str, Any]]:
+    """Return for each group of classes the path of its plan, named by its voxel size, and its settings."""
+    every = make_plan(out.stem, facts, hardware, settings)
+    groups = resolution_groups(facts, every.class_names)
+    return {
+        out.with_stem(f"{out.stem}-{group.edge_nm:.3g}nm"): settings
+        | {"classes.names": list(group.classes), "split.voxel_edge_nm": group.voxel_edge_nm}
+        for group in groups
+    }
+
+
+def _plan_difference(options: argparse.Namespace, results: Console) -> int:
+    a, b = (load_as(path, Plan) for path in options.diff)
+    rows = terminal.difference(msgspec.to_builtins(a), msgspec.to_builtins(b))
+    rows = [row for row in rows if not row[0].startswith("reasons")]
+    results.print(terminal.difference_table(rows, (str(options.diff[0]), str(options.diff[1]))))
+    print_json(options, {field: [x, y] for field, x, y in rows})
+    return EXIT_OK
+
+
+def run_profile(options: argparse.Namespace) -> int:
+    """Measure what a plan costs here."""
+    console, results = consoles(options)
+    plan = load_as(own_or_shipped(options.plan, "plans"), Plan)
+    found = profile_plan(plan, options.data, cache_of(options), device=options.device, tell=console.print)
+    terminal.show_profile(found, results)
+    print_json(options, found)
+    return EXIT_OK
