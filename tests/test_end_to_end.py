@@ -94,7 +94,7 @@ def test_from_tiff_to_scores_and_a_report(
     assert load_as(tmp_path / "scores.json", Scores).per_class["mito"].dice == scores["per_class"]["mito"]["dice"]
     assert {row["crop"] for row in scores["rows"]} == {"vol/crop1"}
 
-    main(["predict", "--run", "runs/p", "--data", "unseen", "--out", "unseen.zarr", "--quiet"])
+    run("predict", "--run", "runs/p", "--data", "unseen", "--out", "unseen.zarr")
     again = run("evaluate", "--run", "runs/p", "--data", "unseen", "--pred", "unseen.zarr", "--against", "scores.json")
     assert [row | {"crop": 0} for row in again["rows"]] == [row | {"crop": 0} for row in scores["rows"]]
 
