@@ -92,7 +92,7 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
 def _left_out(crop: Crop, error: DataError, root: Path) -> LeftOut:
     """Return why this crop is left out; raise what is no fault of its files."""
     folders = (crop.em, *(label.path for label in crop.labels))
-    if not any(error.where.startswith(str(folder)) for folder in folders):
+    if error.where != crop.name and not any(error.where.startswith(str(folder)) for folder in folders):
         raise error
     return LeftOut(name=crop.name, why=str(error).replace(f"{root}{os.sep}", ""))
 
