@@ -429,6 +429,19 @@ def test_one_damaged_crop_of_many_is_left_out_and_named(tmp_path: Path) -> None:
         fingerprint(data, tmp_path / "another cache")
 
 
+def test_em_damaged_under_a_crop_or_under_none_does_not_stop_the_rest(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    for i in range(3, 7):
+        shutil.copytree(crop_path(data, "a", "crop1"), crop_path(data, "a", f"crop{i}"))
+    shutil.rmtree(crop_path(data, "a", "crop2"))  # the only one in the last columns
+    (em_path(data, "a") / "s0/1/1/2").write_bytes(b"")
+    facts = fingerprint(data, tmp_path / "cache")
+    assert (len(facts.crops), facts.left_out) == (5, ())
+    (finding,) = facts.findings
+    assert (finding.where, finding.kind, finding.numbers) == ("a", "damaged", {"chunks": 1, "sampled": 12})
+    assert "first: s0: the chunk 1/1/2 cannot be decoded" in finding.what
+
+
 @pytest.mark.parametrize("shape", [(10**9,) * 3, (2**14,) * 3], ids=["no such array", "no such disk"])
 def test_a_crop_whose_labels_cannot_be_so_large_is_left_out_and_named(tmp_path: Path, shape: VoxelsZYX) -> None:
     data = write_data(tmp_path / "data")

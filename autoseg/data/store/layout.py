@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from autoseg.data.store.codecs import CHECKSUM_BYTES, COMPRESSORS, decoded_bytes, number_type
+from autoseg.data.store.codecs import CHECKSUM_BYTES, COMPRESSORS, decode_chunk, decoded_bytes, number_type
 from autoseg.data.store.engine import brief, read_attributes, read_json
 from autoseg.errors import DataError
 from autoseg.geometry import VoxelsZYX
@@ -28,10 +29,18 @@ MAX_INDEX_BYTES = 2**26  # of one shard
 ENDIAN = {"little": "<", "big": ">"}
 V3_CODECS = ("blosc", "zstd", "gzip", "crc32c")
 IN_ORDER: VoxelsZYX = (0, 1, 2)
+NOT_IN_SHARD = 2**64 - 1
 
 
 class Shards(NamedTuple):
-    """Where a stored file of many chunks holds its index, and whether a checksum follows that."""
+    """Where a shard, a stored file of many chunks, holds its index, and whether a crc32c follows that.
+
+    ::
+
+        | chunk | chunk | ...                  | index: (offset, length) of each chunk, in z y x | crc32c |
+
+    Source: zarr format 3, sharding_indexed, version 1.0.
+    """
 
     at_end: bool
     checked: bool
@@ -210,6 +219,26 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> float:
     if dtype.kind in "ui" and not (number == int(number) and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max):
         raise ValueError(f"fill_value {value!r} is no {dtype}")
     return number
+
+
+def parse_index(raw: bytes, layout: Layout) -> NDArray[np.uint64]:
+    """Return (offset, length) of each chunk (z, y, x, 2) from the bytes that begin with the index of a shard."""
+    codecs = [{"id": "crc32c"}] if layout.shards is not None and layout.shards.checked else []
+    try:
+        flat = decode_chunk(raw[: layout.index_bytes], codecs, np.dtype("<u8"), 2 * math.prod(layout.chunks_of_unit))
+    except ValueError as error:
+        raise ValueError(f"the index of the shard: {error}") from None
+    return flat.reshape(*layout.chunks_of_unit, 2)
+
+
+def chunk_range(table: NDArray[np.uint64], place: tuple[int, ...], layout: Layout) -> tuple[int, int] | None:
+    """Return (offset, length) of a chunk in its shard, None if it is not stored; ValueError for what cannot be."""
+    offset, length = (int(value) for value in table[place])
+    if offset == NOT_IN_SHARD:
+        return None
+    if offset >= 2**62 or length > layout.longest_bytes:
+        raise ValueError(f"its index says {length} bytes at {offset}, a chunk has at most {layout.longest_bytes}")
+    return offset, length
 
 
 def stored_units(path: Path, layout: Layout) -> Iterator[VoxelsZYX]:

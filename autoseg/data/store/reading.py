@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.data.store.codecs import decode_chunk
-from autoseg.data.store.layout import IN_ORDER, Layout, read_layout, stored_units
-from autoseg.data.store.shards import chunk_range, parse_index
+from autoseg.data.store.layout import IN_ORDER, Layout, chunk_range, parse_index, read_layout, stored_units
 from autoseg.data.store.sidecar import Checksums, Recorded
 from autoseg.errors import DataError
 from autoseg.geometry import Box, VoxelsZYX
