@@ -468,6 +468,33 @@ def test_one_damaged_crop_of_many_is_left_out_and_named(tmp_path: Path) -> None:
         fingerprint(data, tmp_path / "another cache")
 
 
+def test_em_damaged_under_a_crop_or_under_none_does_not_stop_the_rest(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    for i in range(3, 7):
+        shutil.copytree(crop_path(data, "a", "crop1"), crop_path(data, "a", f"crop{i}"))
+    shutil.rmtree(crop_path(data, "a", "crop2"))  # the only one in the last columns
+    (em_path(data, "a") / "s0/1/1/2").write_bytes(b"")
+    facts = fingerprint(data, tmp_path / "cache")
+    assert (len(facts.crops), facts.left_out) == (5, ())
+    (finding,) = facts.findings
+    assert (finding.where, finding.kind, finding.numbers) == ("a", "damaged", {"chunks": 1, "sampled": 12})
+    assert "first: s0: the chunk 1/1/2 cannot be decoded" in finding.what
+
+
+@pytest.mark.parametrize("shape", [(10**9,) * 3, (2**14,) * 3], ids=["no such array", "no such disk"])
+def test_a_crop_whose_labels_cannot_be_so_large_is_left_out_and_named(tmp_path: Path, shape: VoxelsZYX) -> None:
+    data = write_data(tmp_path / "data")
+    for i in range(3, 7):
+        shutil.copytree(crop_path(data, "a", "crop1"), crop_path(data, "a", f"crop{i}"))
+    for name in LABELS:
+        path = crop_path(data, "a", "crop4") / name / "s0/.zarray"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": shape, "chunks": (32, 512, 512)}))
+    (item,) = fingerprint(data, tmp_path / "cache").left_out
+    assert item.name == "a/crop4"
+    assert str(tmp_path) not in item.why
+    assert "chunks of (32, 512, 512)" in item.why or "GiB of codes, the disk has" in item.why
+
+
 # ---- the share of flips that nothing but a checksum tells ---------------------------------------------------
 
 CODECS: dict[str, Any] = {
@@ -495,14 +522,14 @@ def share_undetected(values: NDArray[Any], codec: Any, flips: int) -> tuple[floa
     import zlib
 
     rng = np.random.default_rng(1)
-    config = None if codec is None else codec.get_config()
+    codecs = [] if codec is None else [codec.get_config()]
     good = values.tobytes() if codec is None else bytes(codec.encode(values))
     passed = pinned = 0
     for _ in range(flips):
         raw = bytearray(good)
         raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
         try:
-            found = decode_chunk(bytes(raw), config, (), values.dtype, values.size)
+            found = decode_chunk(bytes(raw), codecs, values.dtype, values.size)
         except ValueError:
             continue
         if not np.array_equal(found, values.ravel()):

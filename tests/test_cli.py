@@ -26,7 +26,10 @@ from autoseg import __version__
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
 from autoseg.commands import showing
+from autoseg.data.dataset import open_dataset
+from autoseg.data.store import ArrayReader, ChunkCache, open_multiscale
 from autoseg.errors import DataError, PlanError
+from autoseg.geometry import Box
 from autoseg.plan import hardware, rules_machine
 from autoseg.predict import blocks, export
 from autoseg.recipes.training import train_on
@@ -470,6 +473,21 @@ def test_a_stop_between_two_files_of_an_export_does_not_lock_the_command_out(
     assert call(*command) == 0
     assert (tmp_path / "o-pm-probability.tif").exists()
     assert call(*command) == 2
+
+
+def test_predict_says_where_grey_values_are_not_the_plans(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another volume is measured, which is said; the planned one is known, also as a file of another name."""
+    dataset = open_dataset(place / "data")
+    level = open_multiscale(dataset.volumes["demo"]).levels[0]
+    own = ArrayReader(level.path, ChunkCache(0)).read(Box.whole(level.grid.shape_zyx))
+    tifffile.imwrite(tmp_path / "own.tif", own, photometric="minisblack")
+    for volume, known in ((place / "em.tif", False), (tmp_path / "own.tif", True), (dataset.volumes["demo"], True)):
+        out = tmp_path / f"{volume.stem}.zarr"
+        assert call("predict", "--run", place / "run", "--volume", volume, "--out", out) == 0
+        said = f"{volume}: no EM that the plan measured, so its own grey values are used" in capsys.readouterr().err
+        assert said != known, volume
 
 
 def test_quiet_prints_results_only(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from numpy.typing import NDArray
 from strategies import write_multiscale
 
 from autoseg.data import store
-from autoseg.data.em import EmReader, Normalizer, make_normalizer, measure_intensity, read_input
+from autoseg.data.em import (
+    EmReader,
+    Normalizer,
+    finest_stored,
+    make_normalizer,
+    make_probe,
+    measure_intensity,
+    measured_anew,
+    read_input,
+    volume_name,
+)
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
 from autoseg.schema import Normalization, VolumeGrey
@@ -149,7 +160,7 @@ def test_intensity_is_measured_over_what_is_stored(tmp_path: Path) -> None:
     grey = textured()
     path = write_em(tmp_path, grey)
     drop_chunk(path, 1, 3, 3)
-    found, stored = measure_intensity(array_of(path))
+    found, stored, *_ = measure_intensity(array_of(path))
     there = np.ones(SHAPE, bool)
     there[4:, 24:, 24:] = False
     assert stored == 31 / 32
@@ -176,24 +187,142 @@ def test_by_volume_a_planned_volume_keeps_its_numbers_whatever_is_fetched_later(
         assert of(VolumeGrey(**(looks | other), mean=100.0, sd=20.0)) == normalizer_of(em, "volume")
 
 
+PLANNED = Normalizer(100.0, 20.0)
+
+
+def write_two_levels(folder: Path, name: str, fine: NDArray[Any]) -> Path:
+    half = fine.reshape(8, 16, 2, 16, 2).mean(axis=(2, 4)).astype(fine.dtype)
+    levels = [(GRID, fine), (GRID.at_voxel_size((8.0, 8.0, 8.0)), half)]
+    return write_multiscale(folder / f"{name}.zarr/em", levels, chunk_zyx=(4, 8, 8))
+
+
+def plan_volume(em: Path) -> Normalization:
+    """Return a plan that measured this volume as it is now, with numbers that no measurement would give."""
+    multiscale = store.open_multiscale(em)
+    grid, array = finest_stored(multiscale, store.ChunkCache(0))
+    probe = make_probe(array, grid, GRID.crop(Box((1, 2, 3), (8, 30, 30))), measure_intensity(array))
+    looks: dict[str, Any] = {"name": volume_name(em), "dtype": str(array.dtype), "shape_zyx": grid.shape_zyx}
+    return Normalization(kind="volume", volumes=(VolumeGrey(**looks, mean=100.0, sd=20.0, probe=probe),))
+
+
+def planned_normalizer(how: Normalization, em: Path) -> Normalizer:
+    found = make_normalizer(how, em, store.open_multiscale(em), store.ChunkCache(2**24))
+    assert (measured_anew(how, [em, em], store.ChunkCache(0)) == []) == (found == PLANNED)
+    return found
+
+
+def test_a_finer_level_that_is_fetched_later_changes_no_input(tmp_path: Path) -> None:
+    em = write_two_levels(tmp_path, "v", textured())
+    (em / "s0").rename(tmp_path / "s0")
+    how = plan_volume(em)
+    size = (8.0, 8.0, 8.0)
+    before, _ = EmReader(em, size, how, store.ChunkCache(2**24)).read(GRID.at_voxel_size(size))
+    (tmp_path / "s0").rename(em / "s0")
+    after, _ = EmReader(em, size, how, store.ChunkCache(2**24)).read(GRID.at_voxel_size(size))
+    assert np.array_equal(before, after)
+    assert planned_normalizer(how, em) == PLANNED
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.dtype(">u2")])
+def test_chunks_that_are_fetched_later_or_lost_elsewhere_change_no_input(tmp_path: Path, dtype: Any) -> None:
+    em = write_two_levels(tmp_path, "v", textured(dtype=dtype))
+    chunks = sorted(path for path in (em / "s0").glob("*/*/*") if path.is_file())
+    for chunk in chunks[5:]:
+        chunk.rename(tmp_path / "-".join(chunk.parts[-3:]))
+    how = plan_volume(em)
+    for chunk in chunks[5:]:
+        (tmp_path / "-".join(chunk.parts[-3:])).rename(chunk)
+    assert planned_normalizer(how, em) == PLANNED
+    for chunk in chunks:
+        chunk.unlink()
+        assert planned_normalizer(how, em) == PLANNED
+
+
+def test_another_volume_of_the_same_name_dtype_and_shape_is_measured_and_named(tmp_path: Path) -> None:
+    how = plan_volume(write_two_levels(tmp_path / "a", "raw", textured()))
+    other = write_two_levels(tmp_path / "b", "raw", textured(seed=1) // 2)
+    assert planned_normalizer(how, other) == normalizer_of(other, "volume")
+    assert measured_anew(how, [other], store.ChunkCache(0)) == [other]
+    assert measured_anew(Normalization(kind="dtype", volumes=how.volumes), [other], store.ChunkCache(0)) == []
+
+
+def test_the_planned_volume_is_known_by_another_name_and_in_other_chunks(tmp_path: Path) -> None:
+    """A TIFF that was imported and is then predicted is the same volume, whatever it is called there."""
+    grey = textured()
+    how = plan_volume(write_two_levels(tmp_path / "a", "vnc", grey))
+    again = write_multiscale(tmp_path / "b/copy.zarr/em", [(GRID, grey)], chunk_zyx=(8, 32, 5))
+    assert planned_normalizer(how, again) == PLANNED
+
+
+def test_a_volume_that_may_be_the_planned_one_but_lacks_its_level_is_refused(tmp_path: Path) -> None:
+    em = write_two_levels(tmp_path, "v", textured())
+    how = plan_volume(em)
+    elsewhere = tmp_path / "w.zarr"
+    shutil.copytree(tmp_path / "v.zarr", elsewhere)
+    for folder in (em, elsewhere / "em"):
+        shutil.rmtree(folder / "s0")
+    with pytest.raises(DataError, match=r"v\.zarr/em: looks like v of the plan, of which a level of \(8, 32, 32\)"):
+        planned_normalizer(how, em)
+    assert planned_normalizer(how, elsewhere / "em") == normalizer_of(elsewhere / "em", "volume")
+    longer = Grid((16, 16, 16), (8.0, 8.0, 8.0), (0.0, 0.0, 0.0))
+    other = write_multiscale(tmp_path / "b/v.zarr/em", [(longer, np.full((16, 16, 16), 7, np.uint8))])
+    assert planned_normalizer(how, other) == normalizer_of(other, "volume")
+
+
+def test_where_the_known_voxels_are_not_fetched_a_volume_is_known_by_name_dtype_and_shape(tmp_path: Path) -> None:
+    """As where only the EM under other crops of it was fetched."""
+    how = plan_volume(write_two_levels(tmp_path, "v", textured()))
+    for name, dtype, expected in (("v", np.uint8, True), ("w", np.uint8, False), ("v", np.uint16, False)):
+        other = write_two_levels(tmp_path / f"{name}{dtype.__name__}", name, textured(seed=1, dtype=dtype))
+        assert planned_normalizer(how, other) != PLANNED
+        for chunk in (other / "s0").glob("*/1/*"):
+            chunk.unlink()
+        assert (planned_normalizer(how, other) == PLANNED) == expected
+
+
+def test_sampled_chunks_that_cannot_be_decoded_are_passed_over_and_named(tmp_path: Path) -> None:
+    grey = textured()
+    path = write_em(tmp_path, grey)
+    (path / "s0/1/2/3").write_bytes(b"")
+    found = measure_intensity(array_of(path))
+    there = np.ones(SHAPE, bool)
+    there[4:, 16:24, 24:] = False
+    assert found.intensity.mean == pytest.approx(grey[there].mean())
+    assert (found.num_sampled, len(found.damaged)) == (32, 1)
+    assert found.damaged[0].startswith("the chunk 1/2/3 cannot be decoded")
+    for chunk in list((path / "s0").glob("0/*/*"))[:6]:
+        chunk.write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"s0: 7 of 32 sampled chunks cannot be used, first: the chunk 0/.*restore"):
+        measure_intensity(array_of(path))
+
+
+def test_one_damaged_chunk_of_few_is_passed_over_but_not_the_only_one(tmp_path: Path) -> None:
+    path = write_em(tmp_path, textured(), chunk=(8, 32, 16))
+    (path / "s0/0/0/1").write_bytes(b"")
+    assert len(measure_intensity(array_of(path)).damaged) == 1
+    (path / "s0/0/0/0").unlink()
+    with pytest.raises(DataError, match="1 of 1 sampled chunks"):
+        measure_intensity(array_of(path))
+
+
 def test_padding_does_not_count_but_a_few_black_voxels_do(tmp_path: Path) -> None:
     grey = textured()
     few = grey.copy()
     few[0, 0, :9] = 0
-    assert measure_intensity(array_of(write_em(tmp_path / "few", few)))[0].minimum == 0
+    assert measure_intensity(array_of(write_em(tmp_path / "few", few))).intensity.minimum == 0
     padded = grey.copy()
     padded[:, :4] = 0  # half of each chunk: a chunk of zeros alone might not be stored
-    found, _ = measure_intensity(array_of(write_em(tmp_path / "padded", padded)))
+    found = measure_intensity(array_of(write_em(tmp_path / "padded", padded))).intensity
     assert found.minimum >= 1
     assert found.mean == pytest.approx(grey[:, 4:].mean())
 
 
 def test_a_large_volume_is_sampled_the_same_way_every_time(tmp_path: Path) -> None:
     path = write_em(tmp_path, textured(), chunk=(2, 4, 4))
-    first, _ = measure_intensity(array_of(path))
+    first = measure_intensity(array_of(path)).intensity
     assert first.num_voxels == 64 * 2 * 4 * 4 < np.prod(SHAPE)
-    assert measure_intensity(array_of(path))[0] == first
-    assert measure_intensity(array_of(path), seed=1)[0] != first
+    assert measure_intensity(array_of(path)).intensity == first
+    assert measure_intensity(array_of(path), seed=1).intensity != first
 
 
 def test_em_that_was_never_fetched_is_named(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_a_second_data_set_with_the_same_names_but_other_content_scores_whole(pl
     judged = evaluate_run(place / "run", second, cache=place / "cache")
     assert {row.crop for row in judged.scores.rows} == {"demo/crop1", "demo/crop2"}
     assert "which the run has not seen" in judged.on
+    assert f"EM that the plan did not measure, with its own grey values: {second}" in judged.on
     for row in judged.scores.rows:
         states = truth_of(second, row.crop, place / "cache")[row.class_]
         assert row.tp + row.fn == (states == PRESENT).sum()
@@ -187,6 +188,7 @@ def test_a_copy_of_the_training_data_counts_as_seen(place: Path, tmp_path: Path)
     copy = Path(shutil.copytree(place / "data", tmp_path / "copy"))
     judged = evaluate_run(place / "run", copy, cache=place / "cache")
     assert "validation regions" in judged.on
+    assert "did not measure" not in judged.on
 
 
 def test_crops_renamed_so_that_a_taught_one_has_the_name_of_a_validated_one_do_not_count(

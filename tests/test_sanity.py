@@ -342,6 +342,25 @@ def test_a_crop_without_any_em_has_no_traits(data: Path, tmp_path: Path) -> None
     assert (found.num_voxels, found.classes, found.fit) == (0, {}, None)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_where_only_a_coarser_level_is_stored_that_is_looked_at(tmp_path: Path, broken: bool) -> None:
+    """As the challenge's default fetch leaves many crops; where nothing is whole, that is said."""
+    grids = [Grid((32, 96, 96), (8.0,) * 3, (0.0,) * 3), Grid((16, 48, 48), (16.0,) * 3, (4.0,) * 3)]
+    mask = np.zeros(grids[0].shape_zyx, np.uint8)
+    mask[:, 10:60, 6:60] = 1
+    noise = np.random.default_rng(0).normal(0, 10, grids[1].shape_zyx)
+    coarse = np.full(grids[1].shape_zyx, 7, np.uint8) if broken else np.uint8(80 + 60 * mask[::2, ::2, ::2] + noise)
+    fine = coarse.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    em = write_multiscale(em_path(tmp_path, "a"), [(grids[0], fine), (grids[1], coarse)], chunk_zyx=(16, 48, 24))
+    write_label(crop_path(tmp_path, "a", "crop1"), "mito", mask, grids[0])
+    looks_wrong = ["constant"] if broken else []
+    for lost, expected in (("none", looks_wrong), ("s0/*/*/*", looks_wrong), ("s1/0/0/1", ["not-fetched", "unseen"])):
+        for chunk in em.glob(lost):
+            chunk.unlink()
+        found = fingerprint(tmp_path, tmp_path / "cache" / lost[:2]).findings
+        assert [finding.kind for finding in found] == expected, lost
+
+
 def counted(crop: str, **present: int) -> CropFacts:
     counts = {name: ClassCount(absent=1000 - n, present=n, unknown=0) for name, n in present.items()}
     return CropFacts(

@@ -8,6 +8,8 @@ import math
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,15 @@ def reader(path: Path) -> store.ArrayReader:
     return store.ArrayReader(path, store.ChunkCache(2**20))
 
 
+def error_of(look: Callable[[], object]) -> DataError | None:
+    """Return the DataError that a call raises, if any; nothing else may be raised."""
+    try:
+        look()
+    except DataError as error:
+        return error
+    return None
+
+
 # ---- the same voxels as zarr --------------------------------------------------------------------------------
 
 
@@ -73,7 +84,7 @@ def reader(path: Path) -> store.ArrayReader:
     fill=st.sampled_from([0, None, 1]),
     seed=st.integers(0, 99),
 )
-def test_a_plain_array_reads_as_zarr_reads_it(
+def test_an_array_of_format_2_reads_as_zarr_reads_it(
     tmp_path_factory: pytest.TempPathFactory,
     shape: VoxelsZYX,
     chunks: VoxelsZYX,
@@ -95,7 +106,6 @@ def test_a_plain_array_reads_as_zarr_reads_it(
     expected = np.zeros(shape, dtype) if fill is None else np.full(shape, fill, dtype)
     stored = found.stored_mask(Box.whole(shape))
     expected[stored] = written[:][stored]
-    assert found.layout.plain
     assert found.dtype == np.dtype(dtype)
     assert np.array_equal(found.read(Box.whole(shape)), expected)
     start = [int(rng.integers(-2, n)) for n in shape]
@@ -107,7 +117,16 @@ def test_a_plain_array_reads_as_zarr_reads_it(
 
 
 @pytest.mark.parametrize(
-    "filters", [[numcodecs.Delta("<u2")], [numcodecs.Shuffle(2)], [numcodecs.Delta("<u2"), numcodecs.CRC32()]]
+    "filters",
+    [
+        [numcodecs.Delta("<u2")],
+        [numcodecs.Shuffle(2)],
+        [numcodecs.Delta("<u2"), numcodecs.CRC32()],
+        [numcodecs.AsType("<f8", "<u2"), numcodecs.CRC32()],
+        [numcodecs.FixedScaleOffset(offset=0, scale=1, dtype="<u2", astype="|u1")],
+        [numcodecs.FixedScaleOffset(offset=0, scale=2, dtype="<u2", astype="<i4"), numcodecs.Delta("<i4", "<i8")],
+    ],
+    ids=str,
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_filters_are_undone(tmp_path: Path, filters: list[Any]) -> None:
@@ -118,20 +137,29 @@ def test_filters_are_undone(tmp_path: Path, filters: list[Any]) -> None:
 
 @pytest.mark.skipif(ZARR_MAJOR < 3, reason="zarr 2 does not write format 3")
 @pytest.mark.parametrize("separator", ["/", "."])
-@pytest.mark.parametrize("codec", ["none", "BloscCodec", "ZstdCodec", "GzipCodec", "sharded", "transposed"])
+@pytest.mark.parametrize(
+    "codec",
+    ["none", *(f"{name}Codec" for name in ("Blosc", "Zstd", "Gzip", "Crc32c"))]
+    + [f"{how}{more}" for how in ("sharded", "transposed") for more in ("", " gzip", " twice")]
+    + ["transposed shards", "shards, index first"],
+)
 def test_format_3_reads_as_zarr_reads_it(tmp_path: Path, codec: str, separator: str) -> None:
     from zarr import codecs
 
     values = random_values((10, 9, 12), ">u2" if codec == "ZstdCodec" else "<u2", 2)
     options: dict[str, Any] = {"compressors": getattr(codecs, codec)() if codec.endswith("Codec") else None}
-    if codec == "sharded":
+    if "shard" in codec:
         options["shards"] = (8, 8, 8)
-    if codec == "transposed":
-        options["filters"] = [codecs.TransposeCodec(order=(2, 1, 0))]
+    if codec == "shards, index first":
+        options["shards"] = {"shape": (8, 8, 8), "index_location": "start"}
+    if codec.endswith("gzip"):
+        options["compressors"] = [codecs.GzipCodec(), codecs.Crc32cCodec()]
+    if "transposed" in codec:
+        options["filters"] = [codecs.TransposeCodec(order=(1, 2, 0))] * (1 + ("twice" in codec))
     array = zarr.create_array(
         str(tmp_path / "a"),
         shape=values.shape,
-        chunks=(4, 4, 4),
+        chunks=(4, 2, 4),
         dtype=values.dtype,
         fill_value=3,
         chunk_key_encoding={"name": "default", "separator": separator},
@@ -141,11 +169,10 @@ def test_format_3_reads_as_zarr_reads_it(tmp_path: Path, codec: str, separator: 
     expected = values.copy()
     expected[:, :, 8:] = 3
     found = reader(tmp_path / "a")
-    assert found.layout.plain == (codec not in ("sharded", "transposed"))
     assert np.array_equal(found.read(Box.whole(values.shape)), expected)
     stored = found.stored_mask(Box.whole(values.shape))
     assert np.array_equal(stored, np.broadcast_to(np.arange(12) < 8, values.shape))
-    assert found.stored_chunks.tolist() == stored[::4, ::4, ::4].tolist()
+    assert found.stored_chunks.tolist() == stored[::4, ::2, ::4].tolist()
 
 
 def test_a_cached_chunk_is_decoded_once_and_one_not_stored_holds_no_memory(tmp_path: Path) -> None:
@@ -176,10 +203,10 @@ def bombs() -> dict[str, bytes]:
 def test_a_decompression_bomb_is_refused_before_it_unfolds(exact: bool) -> None:
     filters = () if exact else ({"id": "delta", "dtype": "|u1"},)
     for name, raw in bombs().items():
-        config = COMPRESSED[name].get_config()
+        codecs = (*filters, COMPRESSED[name].get_config())
         tracemalloc.start()
         with pytest.raises(ValueError, match="decodes to"):
-            decode_chunk(raw, config, filters, np.dtype("u1"), SIZE)
+            decode_chunk(raw, codecs, np.dtype("u1"), SIZE)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 2**22, f"{name} took {peak} bytes"
@@ -204,10 +231,10 @@ def test_a_zstd_frame_may_leave_out_its_size(tmp_path: Path) -> None:
         numcodecs.Zstd().decode(good)
     except RuntimeError:
         pytest.skip("this numcodecs does not read frames without a size")
-    assert (decode_chunk(good, {"id": "zstd"}, (), np.dtype("u1"), SIZE) == 7).all()
+    assert (decode_chunk(good, [{"id": "zstd"}], np.dtype("u1"), SIZE) == 7).all()
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"\w"):
-        decode_chunk(bomb, {"id": "zstd"}, (), np.dtype("u1"), SIZE)
+        decode_chunk(bomb, [{"id": "zstd"}], np.dtype("u1"), SIZE)
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
 
@@ -218,7 +245,7 @@ def test_any_bytes_are_a_chunk_or_a_value_error(name: str) -> None:
     rng = np.random.default_rng(5)
     values = rng.normal(128, 20, (16, 16, 16)).astype(np.uint8)
     codec = COMPRESSED[name]
-    config = None if codec is None else codec.get_config()
+    codecs = [] if codec is None else [codec.get_config()]
     good = values.tobytes() if codec is None else bytes(codec.encode(values))
     for trial in range(300):
         raw = bytearray(good)
@@ -229,11 +256,90 @@ def test_any_bytes_are_a_chunk_or_a_value_error(name: str) -> None:
         else:
             raw[rng.integers(0, len(raw))] ^= 1 << rng.integers(8)
         try:
-            found = decode_chunk(bytes(raw), config, (), values.dtype, values.size)
+            found = decode_chunk(bytes(raw), codecs, values.dtype, values.size)
         except ValueError:
             continue
         assert found.shape == (values.size,)
         assert trial % 3
+
+
+def test_a_filter_that_widens_is_refused_before_it_is_undone(tmp_path: Path) -> None:
+    """A chunk of 76 bytes under a filter to strings of 1000 characters would be a gigabyte."""
+    write_v2(tmp_path / "a", np.ones((64, 64, 64), np.uint8), (64, 64, 64), compressor=numcodecs.Zstd(1))
+    content = json.loads((tmp_path / "a/.zarray").read_text())
+    for filters, message in (
+        ([{"id": "astype", "encode_dtype": "|u1", "decode_dtype": "<U1000"}], "dtype '<U1000' is not a number"),
+        ([{"id": "astype", "encode_dtype": "|V1", "decode_dtype": "|u1"}], "dtype '|V1' is not a number"),
+        ([{"id": "astype", "encode_dtype": "|u1"}], "no decode_dtype"),
+        ([{"id": "delta", "dtype": "|u1", "astype": "<c16"}], "dtype '<c16' is not a number"),
+        ([{"id": "quantize", "digits": 1, "dtype": "(9999,)u1"}], "is not a number"),
+        ([{"id": "astype", "encode_dtype": "<f8", "decode_dtype": "|u1"}] * 2, "widen a chunk of 262144 bytes"),
+        ([{"id": "packbits"}], "filter 'packbits' is none of"),
+        ([{"id": "zstd"}, {"id": "zstd"}], "codec 'zstd' follows a compressor"),
+    ):
+        (tmp_path / "a/.zarray").write_text(json.dumps(content | {"filters": filters}))
+        tracemalloc.start()
+        with pytest.raises(DataError) as caught:
+            reader(tmp_path / "a").read(Box((0, 0, 0), (1, 1, 1)))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+        tracemalloc.stop()
+        assert message in str(caught.value)
+
+
+def test_lzma_with_a_huge_dictionary_is_refused() -> None:
+    config = {"id": "lzma", "format": 3, "filters": [{"id": 33, "dict_size": 2**31}]}
+    with pytest.raises(ValueError, match="dictionary"):
+        decode_chunk(b"abc", [config], np.dtype("u1"), SIZE)
+
+
+@pytest.mark.skipif(ZARR_MAJOR < 3, reason="zarr 2 does not write format 3")
+@pytest.mark.parametrize("how", ["transposed", "sharded"])
+def test_a_bomb_in_a_chunk_of_any_order_or_in_a_shard_is_refused(tmp_path: Path, how: str) -> None:
+    from zarr import codecs
+
+    options: dict[str, Any] = {"compressors": [codecs.GzipCodec()]}
+    if how == "sharded":
+        options["shards"] = (64, 64, 64)
+    else:
+        options["filters"] = [codecs.TransposeCodec(order=(0, 2, 1))]
+    path = tmp_path / "a"
+    zarr.create_array(str(path), shape=(64, 64, 64), chunks=(32, 64, 64), dtype="uint8", **options)[:] = 1
+    bomb = bombs()["gzip"]
+    if how == "sharded":
+        table = struct.pack("<4Q", 0, len(bomb), 2**64 - 1, 2**64 - 1)
+        bomb += bytes(numcodecs.get_codec({"id": "crc32c"}).encode(np.frombuffer(table, np.uint8)))
+    (path / "c/0/0/0").write_bytes(bomb)
+    array = reader(path)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a: the chunk c/0/0/0 cannot be decoded \(the stream decodes to more than"):
+        array.read(Box((0, 0, 0), (1, 1, 1)))
+    with pytest.raises(DataError, match="more than"):
+        array.check_decodes((0, 0, 0), bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+@pytest.mark.skipif(ZARR_MAJOR < 3, reason="zarr 2 does not write format 3")
+def test_any_bytes_are_a_shard_or_an_error_that_names_it(tmp_path: Path) -> None:
+    """Flips and cuts in chunks and index, also where a crc32c was made for the flipped index."""
+    rng = np.random.default_rng(3)
+    path = tmp_path / "a"
+    zarr.create_array(str(path), shape=(8, 8, 8), chunks=(4, 4, 4), shards=(8, 8, 8), dtype="uint16")[:] = 7
+    good = (path / "c/0/0/0").read_bytes()
+    index = 8 * 16 + 4
+    for trial in range(400):
+        raw = bytearray(good)
+        raw[rng.integers(len(raw)) if trial % 2 else len(raw) - index + rng.integers(index - 4)] ^= 1 << rng.integers(8)
+        if trial % 5 == 0:
+            raw = raw[: rng.integers(len(raw))]
+        elif trial % 2 == 0:
+            table = np.frombuffer(bytes(raw[-index:-4]), np.uint8)
+            raw[-index:] = bytes(numcodecs.get_codec({"id": "crc32c"}).encode(table))
+        (path / "c/0/0/0").write_bytes(raw)
+        array = reader(path)
+        for look in (partial(array.read, Box.whole((8, 8, 8))), partial(array.check_decodes, (0, 0, 0), bytes(raw))):
+            if (error := error_of(look)) is not None:
+                assert "c/0/0/0" in str(error)
 
 
 # ---- metadata that cannot be meant --------------------------------------------------------------------------
@@ -259,6 +365,8 @@ def test_any_bytes_are_a_chunk_or_a_value_error(name: str) -> None:
         ({"chunks": [4, 4]}, "chunks"),
         ({"chunks": [4, 4, -4]}, "chunks (4, 4, -4)"),
         ({"chunks": [2**12] * 3}, "decodes to 64.0 GiB"),
+        ({"shape": [10**9] * 3}, "is 15,625,000,000,000,000,000,000,000 chunks of (4, 4, 4)"),
+        ({"shape": [10**6] * 3}, "chunks of (4, 4, 4)"),
         ({"order": "Q"}, "order 'Q'"),
         ({"zarr_format": 4}, "zarr_format 4"),
         ({"compressor": None, "shape": None}, "a: is not a readable zarr array"),
@@ -273,6 +381,67 @@ def test_metadata_that_cannot_be_meant_are_named(tmp_path: Path, changes: dict[s
     assert message in str(caught.value)
     assert "/a" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(ZARR_MAJOR < 3, reason="zarr 2 does not write format 3")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda codecs: [{"name": "numcodecs.zfpy"}, *codecs], "codec 'numcodecs.zfpy' is not read"),
+        (lambda codecs: [*codecs, {"name": "vlen-utf8"}], "codec 'vlen-utf8' is not read"),
+        (lambda codecs: [*codecs, {"name": "gzip"}], "codec 'gzip' follows a compressor"),
+        (lambda codecs: [{"name": "transpose", "configuration": {"order": [0, 0, 1]}}, *codecs], "transpose of axes"),
+        (lambda codecs: [], "IndexError"),
+        (lambda codecs: [shard([3, 4, 4], codecs)], "shards (4, 4, 4) of chunks (3, 4, 4)"),
+        (lambda codecs: [shard([4, 4, 4], [shard([4, 4, 4], codecs)])], "codec 'sharding_indexed' is not read"),
+        (lambda codecs: [shard([4, 4, 4], codecs, "blosc")], "the index of its shards is"),
+    ],
+)
+def test_what_is_not_read_of_format_3_is_named(tmp_path: Path, change: Any, message: str) -> None:
+    zarr.create_array(str(tmp_path / "a"), shape=(4, 4, 4), chunks=(4, 4, 4), dtype="uint8")
+    content = json.loads((tmp_path / "a/zarr.json").read_text())
+    content["codecs"] = change(content["codecs"])
+    (tmp_path / "a/zarr.json").write_text(json.dumps(content))
+    with pytest.raises(DataError) as caught:
+        reader(tmp_path / "a").read(Box.whole((4, 4, 4)))
+    assert message in str(caught.value)
+
+
+def shard(chunk: list[int], codecs: list[dict[str, Any]], *index: str) -> dict[str, Any]:
+    """Return a sharding codec whose index has those codecs after `bytes`."""
+    names: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    names += [{"name": name} for name in index]
+    inner = {"chunk_shape": chunk, "codecs": codecs, "index_codecs": names}
+    return {"name": "sharding_indexed", "configuration": inner}
+
+
+@pytest.mark.parametrize("name", [".zattrs", "s0/.zarray"])
+@pytest.mark.parametrize("depth", [300, 900, 3000, 200_000])
+def test_metadata_nested_without_end_is_named(tmp_path: Path, name: str, depth: int) -> None:
+    pyramid(tmp_path / "em")
+    content = json.loads((tmp_path / "em" / name).read_text()) | {"more": "DEEP"}
+    text = json.dumps(content).replace('"DEEP"', "[" * depth + "]" * depth)
+    (tmp_path / "em" / name).write_text(text)
+
+    def look() -> None:
+        array = reader(store.open_multiscale(tmp_path / "em").levels[0].path)
+        store.Checksums(tmp_path / "sums").record(array.path, array.layout, [(0, 0, 0)], array.check_decodes)
+
+    error = error_of(look)
+    assert (error is not None) == (depth > 1000)
+    assert error is None or f"{tmp_path}/em/{name}: is not readable JSON (RecursionError" in str(error)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_a_voxel_size_beyond_all_numbers_is_named(tmp_path: Path, scale: float) -> None:
+    """Each factor is a number, their product is not; nor is the volume of a voxel."""
+    pyramid(tmp_path / "em")
+    content = json.loads((tmp_path / "em/.zattrs").read_text())
+    multiscale = content["multiscales"][0]
+    multiscale["coordinateTransformations"] = [{"type": "scale", "scale": [scale] * 3}] * 2
+    (tmp_path / "em/.zattrs").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"em: level s0 has voxels of .*: correct its scale"):
+        store.open_multiscale(tmp_path / "em")
 
 
 def test_only_codecs_that_run_no_code_are_used() -> None:

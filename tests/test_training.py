@@ -537,6 +537,7 @@ def test_other_data_gets_a_split_of_its_own_which_is_recorded_once(place: tuple[
     assert data_of(run) == other.resolve()
     assert any("fingerprint differs" in text for text in warnings)
     assert sum("was derived again" in text for text in warnings) == 1
+    assert sum("no EM that tiny measured; its own grey values are used" in text for text in warnings) == 1
     events = [e["event"] for e in read_json_lines(run / "adaptations.jsonl")]
     train_on(plan, other, run, cache=place[1])
     assert [e["event"] for e in read_json_lines(run / "adaptations.jsonl")] == events == ["split", "data"]

@@ -12,7 +12,8 @@ from rich.console import Console
 from autoseg.arguments import to_interval, to_seconds
 from autoseg.commands.showing import EXIT_OK, EXIT_STOPPED, cache_of, consoles, print_json, tell_cache
 from autoseg.data.dataset import open_dataset
-from autoseg.data.store import checksums_in
+from autoseg.data.em import measured_anew
+from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.errors import DataError, PlanError
 from autoseg.plan import own_or_shipped
 from autoseg.predict import (
@@ -92,9 +93,8 @@ def run_predict(options: argparse.Namespace) -> int:
         results.print(f"values of the label map: 0 none, {numbers}")
     results.print(f"wrote {options.out} with checkpoint {trained.checkpoint}")
     tell_cache(options, console)
-    print_json(
-        options, {"out": str(options.out), "regions": [r.name for r in regions], "checkpoint": trained.checkpoint}
-    )
+    done = {"out": str(options.out), "regions": [r.name for r in regions], "checkpoint": trained.checkpoint}
+    print_json(options, done)
     return EXIT_OK
 
 
@@ -128,6 +128,8 @@ def _predict_into(
         same = " as planned" if size == trained.plan.voxel_size_nm else f", resampled to {_nm(trained.plan)} and back"
         console.print(f"EM of {' x '.join(f'{v:g}' for v in size)} nm{same}")
     checksums, more = checksums_in(cache_of(options)), options.probabilities
+    for em in measured_anew(trained.plan.normalization, [r.em for r in regions], ChunkCache(0, checksums)):
+        console.print(f"{options.volume or em}: no EM that the plan measured, so its own grey values are used")
     with terminal.progress(console) as progress:
         predict_regions(trained, regions, zarr, probabilities=more, checksums=checksums, progress=progress)
     if zarr != options.out:

@@ -127,7 +127,10 @@ class CodeWriter:
 
     def _create(self, path: Path) -> None:
         needed = math.prod(self._shape) * np.dtype(self._dtype).itemsize
-        free = shutil.disk_usage(path.parent).free
+        total, _, free = shutil.disk_usage(path.parent)
+        if needed > total:  # no fault of the disk
+            what = f"{self._shape} voxels are {needed / 2**30:.1f} GiB of codes, the disk has {total / 2**30:.1f} GiB"
+            raise DataError(self._where, what, "correct the shape of its labels, or choose another --cache")
         if needed > free:
             what = f"{needed / 2**30:.1f} GiB of codes, {free / 2**30:.1f} GiB are free"
             raise DataError(path.parent, what, "make room, or choose another --cache")

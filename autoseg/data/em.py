@@ -5,7 +5,8 @@ Grey values become network input by one rule, fixed per dtype or per volume, nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ from autoseg.data import store
 from autoseg.data.resample import resample
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX
-from autoseg.schema import Intensity, Normalization
+from autoseg.schema import Intensity, Normalization, Probe, VolumeGrey
 
 CHUNK_CACHE_BYTES = 128 * 2**20  # decoded EM that a process keeps
 SAMPLED_CHUNKS, SAMPLED_VOXELS = 64, 2**16  # voxels of each chunk
+MAX_DAMAGED_SHARE = 0.2  # of the sampled chunks
+PROBE_EDGE = 32
 PADDING_SHARE = 0.02
 MIN_SHARE_OF_BEST = 0.5
 
@@ -39,24 +42,28 @@ class Normalizer(NamedTuple):
         return out
 
 
-def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensity, float]:
-    """Return (grey values, share of chunks that are stored) from a seeded sample of stored chunks.
+class Measured(NamedTuple):
+    """Grey values of a volume, the share of its chunks that are stored, a box of texture, what could not be read."""
 
-    Exact zeros that fill more than 2 % of the sample are padding and do not count.
+    intensity: Intensity
+    stored_fraction: float
+    probe_box: Box
+    num_sampled: int
+    damaged: tuple[str, ...]
+
+
+def measure_intensity(array: store.ArrayReader, seed: int = 0) -> Measured:
+    """Measure grey values in a seeded sample of stored chunks.
+
+    Exact zeros that fill more than 2 % of the sample are padding and do not count. Chunks that cannot be decoded are
+    passed over and named; DataError if they are more than a fifth of the sample (and more than one).
     """
-    stored = np.argwhere(array.stored_chunks)
-    if len(stored) == 0:
-        raise DataError(array.path, "not one chunk of the EM is stored", "fetch the EM of this volume")
-    rng = np.random.Generator(np.random.Philox(seed))
-    chosen = rng.permutation(len(stored))[:SAMPLED_CHUNKS]
-    whole = Box.whole(array.shape_zyx)
-    parts = []
-    for z, y, x in stored[np.sort(chosen)].tolist():
-        start = (z * array.chunk_zyx[0], y * array.chunk_zyx[1], x * array.chunk_zyx[2])
-        stop = tuple(a + c for a, c in zip(start, array.chunk_zyx, strict=True))
-        box = Box(start, (stop[0], stop[1], stop[2])).clip(whole)
-        parts.append(array.read(box).ravel()[:: max(1, box.num_voxels // SAMPLED_VOXELS)].copy())
-    grey = np.concatenate(parts).astype(np.float64)
+    parts, damaged = _sample(array, seed)
+    num_sampled = len(parts) + len(damaged)
+    if damaged and (not parts or len(damaged) > max(1, MAX_DAMAGED_SHARE * num_sampled)):
+        what = f"{len(damaged)} of {num_sampled} sampled chunks cannot be used, first: {damaged[0]}"
+        raise DataError(array.path, what, "restore the files")
+    grey = np.concatenate([values for _, values in parts]).astype(np.float64)
     if not np.isfinite(grey).all():
         raise DataError(array.path, "holds NaN or infinite grey values", "replace them by a finite value")
     inside = grey[grey != 0]
@@ -73,22 +80,123 @@ def measure_intensity(array: store.ArrayReader, seed: int = 0) -> tuple[Intensit
         sd=float(grey.std()),
         num_voxels=int(grey.size),
     )
-    return found, float(array.stored_chunks.mean())
+    textured = max(parts, key=lambda part: float(part[1].std()))[0]
+    return Measured(found, float(array.stored_chunks.mean()), _middle(textured), num_sampled, tuple(damaged))
+
+
+def _sample(array: store.ArrayReader, seed: int) -> tuple[list[tuple[Box, NDArray[Any]]], list[str]]:
+    """Return (box and some grey values of each sampled chunk, why others could not be read)."""
+    stored = np.argwhere(array.stored_chunks)
+    if len(stored) == 0:
+        raise DataError(array.path, "not one chunk of the EM is stored", "fetch the EM of this volume")
+    rng = np.random.Generator(np.random.Philox(seed))
+    chosen = rng.permutation(len(stored))[:SAMPLED_CHUNKS]
+    whole = Box.whole(array.shape_zyx)
+    parts, damaged = [], []
+    for z, y, x in stored[np.sort(chosen)].tolist():
+        start = (z * array.chunk_zyx[0], y * array.chunk_zyx[1], x * array.chunk_zyx[2])
+        stop = tuple(a + c for a, c in zip(start, array.chunk_zyx, strict=True))
+        box = Box(start, (stop[0], stop[1], stop[2])).clip(whole)
+        try:
+            values = array.read(box)
+        except DataError as error:
+            damaged.append(error.what)
+            continue
+        parts.append((box, values.ravel()[:: max(1, box.num_voxels // SAMPLED_VOXELS)].copy()))
+    return parts, damaged
+
+
+def _middle(box: Box) -> Box:
+    """Return the middle of a box, up to PROBE_EDGE voxels wide."""
+    edges = [min(n, PROBE_EDGE) for n in box.shape_zyx]
+    z, y, x = (a + (n - e) // 2 for a, n, e in zip(box.start, box.shape_zyx, edges, strict=True))
+    return Box((z, y, x), (z + edges[0], y + edges[1], x + edges[2]))
+
+
+# ---- which volume is it -------------------------------------------------------------------------------------
+
+
+def make_probe(array: store.ArrayReader, grid: Grid, crop: Grid, found: Measured) -> Probe:
+    """Return voxels by which a volume is known again: in the middle of a crop, where checksums guard them.
+
+    Where the level that was measured is not stored there, those of a sampled chunk.
+    """
+    box = _middle(grid.covering(crop).clip(Box.whole(grid.shape_zyx)))
+    if box.num_voxels == 0 or array.coverage(box) < 1:
+        box = found.probe_box
+    return Probe(
+        shape_zyx=grid.shape_zyx,
+        voxel_size_nm=grid.voxel_size_nm,
+        start_zyx=box.start,
+        stop_zyx=box.stop,
+        crc32=_crc32(array.read(box)),
+    )
+
+
+def _crc32(values: NDArray[Any]) -> int:
+    little = values.astype(values.dtype.newbyteorder("<"))
+    return zlib.crc32(little.tobytes(), zlib.crc32(little.dtype.str.encode()))
+
+
+def planned_grey(
+    how: Normalization, em: Path, multiscale: store.Multiscale, cache: store.ChunkCache
+) -> VolumeGrey | None:
+    """Return the entry of the plan that is this volume, None if none is: then its grey values are its own.
+
+    A volume is known by voxels of the level that was measured, whatever its name and whichever levels it has now::
+
+        the same voxels             the planned volume, whatever was fetched since and wherever it lies
+        other voxels                another volume, though it may have the same name
+        these are not fetched       the planned volume if name, dtype and shape of the level are the same
+        that level is not there     another volume, unless name and extent are the same: DataError
+
+    Entries of earlier versions have no such voxels: as if they were not fetched.
+    """
+    name = volume_name(em)
+    for grey in sorted(how.volumes, key=lambda grey: grey.name != name):
+        shape = grey.shape_zyx if grey.probe is None else grey.probe.shape_zyx
+        level = next((level for level in multiscale.levels if level.grid.shape_zyx == shape), None)
+        if level is not None:
+            array = store.ArrayReader(level.path, cache)
+            same = None if grey.probe is None else _holds(grey.probe, array)
+            if same or (same is None and (grey.name, grey.dtype) == (name, str(array.dtype))):
+                return grey
+        elif grey.name == name and grey.probe is not None and _same_extent(grey.probe, multiscale.levels[0].grid):
+            what = f"looks like {name} of the plan, of which a level of {shape} voxels was measured that is not there"
+            raise DataError(em, what, "restore the level, or plan anew; rename it if it is another volume")
+    return None
+
+
+def _holds(probe: Probe, array: store.ArrayReader) -> bool | None:
+    """Return whether the level has these voxels, None if they were not fetched."""
+    box = Box(probe.start_zyx, probe.stop_zyx)
+    return _crc32(array.read(box)) == probe.crc32 if array.coverage(box) == 1 else None
+
+
+def _same_extent(probe: Probe, grid: Grid) -> bool:
+    """Return whether both are as long along each axis, within a voxel of the coarser: levels are cut to whole ones."""
+    sizes = zip(probe.shape_zyx, probe.voxel_size_nm, grid.extent_nm, grid.voxel_size_nm, strict=True)
+    return all(abs(n * v - extent) <= max(v, w) for n, v, extent, w in sizes)
 
 
 def make_normalizer(how: Normalization, em: Path, multiscale: store.Multiscale, cache: store.ChunkCache) -> Normalizer:
     """Return the normalizer of a volume: by dtype, integers become [0, 1]; by volume, as planned if it is known."""
-    array = finest_stored(multiscale, cache)
-    path, dtype = array.path, array.dtype
+    _, array = finest_stored(multiscale, cache)
     if how.kind == "dtype":
-        if dtype.kind not in "ui":
-            raise DataError(path, f"dtype {dtype} has no range to normalise by", "--set normalization.kind=volume")
-        info = np.iinfo(dtype)
+        if array.dtype.kind not in "ui":
+            what = f"dtype {array.dtype} has no range to normalise by"
+            raise DataError(array.path, what, "--set normalization.kind=volume")
+        info = np.iinfo(array.dtype)
         return Normalizer(float(info.min), float(info.max) - float(info.min))
-    looks = (volume_name(em), str(dtype), multiscale.levels[0].grid.shape_zyx)
-    known = [v for v in how.volumes if (v.name, v.dtype, v.shape_zyx) == looks]
-    grey = known[0] if known else measure_intensity(array)[0]
+    grey = planned_grey(how, em, multiscale, cache) or measure_intensity(array).intensity
     return Normalizer(grey.mean, max(grey.sd, 1e-6))
+
+
+def measured_anew(how: Normalization, ems: Iterable[Path], cache: store.ChunkCache) -> list[Path]:
+    """Return the EM volumes that are none of the plan's, of which the grey values are their own."""
+    if how.kind == "dtype":
+        return []
+    return [em for em in dict.fromkeys(ems) if planned_grey(how, em, store.open_multiscale(em), cache) is None]
 
 
 def volume_name(em: Path) -> str:
@@ -96,10 +204,10 @@ def volume_name(em: Path) -> str:
     return next((folder.stem for folder in (em, *em.parents) if folder.suffix == ".zarr"), em.name)
 
 
-def finest_stored(multiscale: store.Multiscale, cache: store.ChunkCache) -> store.ArrayReader:
+def finest_stored(multiscale: store.Multiscale, cache: store.ChunkCache) -> tuple[Grid, store.ArrayReader]:
     """Return the finest level of which anything was fetched; the finest of all if nothing was."""
-    arrays = [store.ArrayReader(level.path, cache) for level in multiscale.levels]
-    return next((array for array in arrays if array.any_stored), arrays[0])
+    levels = [(level.grid, store.ArrayReader(level.path, cache)) for level in multiscale.levels]
+    return next((level for level in levels if level[1].any_stored), levels[0])
 
 
 def stored_level(

@@ -42,8 +42,8 @@ def pin(crop: Crop, checksums: store.Checksums) -> str:
         box = grid.covering(crop.grid).grow((1, 1, 1)).clip(Box.whole(grid.shape_zyx))
         if box.num_voxels:
             units = store.units_of(reader.layout, box.start, box.stop)
-            decode = reader.decode if reader.layout.plain else None
-            digest.update(reader.path.name.encode() + checksums.record(reader.path, reader.layout, units, decode))
+            recorded = checksums.record(reader.path, reader.layout, units, reader.check_decodes)
+            digest.update(reader.path.name.encode() + recorded)
     return digest.hexdigest()[:32]
 
 

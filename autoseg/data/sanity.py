@@ -7,6 +7,7 @@
     swapped      two classes of a crop look like each other's in the other crops      grey value and thickness
     constant     one grey value                  few-values   so few that it may be a label volume
     saturated    a large share of the voxels has the smallest or the largest value
+    unseen       nothing could be looked at
     inverted     what is dark in the other volumes is bright in this one
 
 A finding is a question to a person, never a reason to leave a crop out.
@@ -86,6 +87,14 @@ def _empty(crops: Sequence[CropFacts]) -> Iterator[Finding]:
 
 
 def _not_em(crop: CropTraits) -> Iterator[Finding]:
+    if crop.num_voxels == 0:
+        yield Finding(
+            where=crop.name,
+            kind="unseen",
+            what="none of its sampled boxes has all its EM (or few enough label codes), so it was not looked at",
+            numbers={"grey_voxels": 0},
+            remedy="fetch the EM under it, and look at it yourself",
+        )
     if crop.num_voxels < MIN_GREY_VOXELS:
         return
     if crop.num_greys <= FEW_VALUES:

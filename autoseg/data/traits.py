@@ -27,11 +27,12 @@ from autoseg.data import store
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, States
 from autoseg.data.codes import CropCodes, index_blocks
 from autoseg.data.dataset import Crop
+from autoseg.data.em import stored_level
 from autoseg.data.resample import resample
 from autoseg.geometry import Box, Grid, VoxelsZYX
 from autoseg.schema import write_atomically
 
-TRAITS_VERSION = 1
+TRAITS_VERSION = 2
 BOX_EDGE: VoxelsZYX = (16, 96, 96)
 NUM_BOXES, MAX_BOXES = 8, 16  # those on label boundaries; with those that show rare classes
 REACH = 3
@@ -123,11 +124,12 @@ def measure(crop: Crop, codes: CropCodes, seed: int = 0) -> CropTraits:
 
 
 def _samples(crop: Crop, codes: CropCodes, rng: Rng) -> Iterator[_Sample]:
-    multiscale = store.open_multiscale(crop.em)
-    level = multiscale.level_for(codes.grid.voxel_size_nm)
-    array = store.ArrayReader(level.path, store.ChunkCache(CACHE_BYTES))
+    multiscale, cache = store.open_multiscale(crop.em), store.ChunkCache(CACHE_BYTES)
+    order = multiscale.levels_for(codes.grid.voxel_size_nm)
+    levels = [(level.grid, store.ArrayReader(level.path, cache)) for level in order]
     for box in _boxes(codes, rng):
-        grey = _grey(array, level.grid, codes.grid.crop(box))
+        (source, array), _ = stored_level(levels, codes.grid.crop(box))
+        grey = _grey(array, source, codes.grid.crop(box))
         local = np.asarray(codes.codes_ZYX[box.slices])
         used = np.flatnonzero(np.bincount(local.ravel()))
         if grey is None or len(used) > MAX_CODES_IN_BOX:

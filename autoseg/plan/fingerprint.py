@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from autoseg.data.codes import CropCodes, open_codes
 from autoseg.data.coding import INDEX_BLOCK
 from autoseg.data.dataset import Crop, Dataset, open_dataset, refuse_too_many
 from autoseg.data.datasplit import shared_numbers
-from autoseg.data.em import finest_stored, measure_intensity
+from autoseg.data.em import Measured, finest_stored, make_probe, measure_intensity
 from autoseg.data.integrity import find_missing, pin
 from autoseg.data.sanity import find
 from autoseg.data.shapes import measure_shape, pool_shape, sections_apart
@@ -79,10 +79,12 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
         findings += found
         traits.append(look)
     progress("crops", len(dataset.crops), len(dataset.crops))
-    ems = {opened.crop.volume: opened.crop.em for opened in usable}
-    first: dict[str, Path] = {}  # one EM under two names is one volume to the split
-    ems = {name: first.setdefault(os.path.realpath(em), em) for name, em in sorted(ems.items())}
-    volumes = tuple(_volume_facts(name, em, dataset.root, cache) for name, em in ems.items())
+    first = {opened.crop.volume: opened.crop for opened in reversed(usable)}
+    real: dict[str, Path] = {}  # one EM under two names is one volume to the split
+    ems = {name: real.setdefault(os.path.realpath(first[name].em), first[name].em) for name in sorted(first)}
+    measured = [_volume_facts(first[name], em, dataset.root, cache) for name, em in ems.items()]
+    volumes = tuple(facts for facts, _ in measured)
+    findings += [finding for _, damaged in measured for finding in damaged]
     return Fingerprint(
         volumes=volumes,
         crops=tuple(crops),
@@ -98,7 +100,7 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
 def _left_out(crop: Crop, error: DataError, root: Path) -> LeftOut:
     """Return why this crop is left out; raise what is no fault of its files."""
     folders = (crop.em, *(label.path for label in crop.labels))
-    if not any(error.where.startswith(str(folder)) for folder in folders):
+    if error.where != crop.name and not any(error.where.startswith(str(folder)) for folder in folders):
         raise error
     return LeftOut(name=crop.name, why=str(error).replace(f"{root}{os.sep}", ""))
 
@@ -209,22 +211,40 @@ def _best_crops(name: str, crops: Sequence[CropFacts]) -> list[int]:
     return sorted((i for i, crop in enumerate(crops) if crop.counts[name].present), key=rank)[:SHAPE_CROPS]
 
 
-def _volume_facts(name: str, em: Path, root: Path, cache: Path) -> VolumeFacts:
+def _volume_facts(crop: Crop, em: Path, root: Path, cache: Path) -> tuple[VolumeFacts, list[Finding]]:
+    """Return the facts of the volume that a crop lies in, its EM read from `em`, and what looks wrong in them."""
+    name = crop.volume
     multiscale = store.open_multiscale(em)
     finest = multiscale.levels[0]
-    array = finest_stored(multiscale, store.ChunkCache(0, store.checksums_in(cache)))
-    intensity, stored = measure_intensity(array)
+    grid, array = finest_stored(multiscale, store.ChunkCache(0, store.checksums_in(cache)))
+    found = measure_intensity(array)
     try:
         path = str(em.relative_to(root))
     except ValueError:
         path = str(em)
-    return VolumeFacts(
+    facts = VolumeFacts(
         name=name,
         path=path,
         dtype=str(np.dtype(array.dtype)),
         shape_zyx=finest.grid.shape_zyx,
         voxel_size_nm=finest.grid.voxel_size_nm,
-        intensity=intensity,
-        stored_fraction=stored,
+        intensity=found.intensity,
+        stored_fraction=found.stored_fraction,
+        probe=make_probe(array, grid, crop.grid, found),
         origin_nm=finest.grid.origin_nm,
     )
+    return facts, list(_damaged(name, array, found))
+
+
+def _damaged(name: str, array: store.ArrayReader, found: Measured) -> Iterator[Finding]:
+    """Yield what could not be read of a volume; of a crop under which it lies, it is another matter."""
+    if found.damaged:
+        number = len(found.damaged)
+        what = f"of {found.num_sampled} sampled chunks of its EM {number} cannot be used, first: {array.path.name}: "
+        yield Finding(
+            where=name,
+            kind="damaged",
+            what=what + found.damaged[0],
+            numbers={"chunks": number, "sampled": found.num_sampled},
+            remedy="restore the files",
+        )

@@ -229,7 +229,14 @@ def choose_volume_greys(draft: Draft) -> Choice:
     if draft["normalization.kind"] == "dtype":
         return Choice((), "the range of the dtype needs none", "normalization.kind")
     greys = tuple(
-        VolumeGrey(name=v.name, dtype=v.dtype, shape_zyx=v.shape_zyx, mean=v.intensity.mean, sd=v.intensity.sd)
+        VolumeGrey(
+            name=v.name,
+            dtype=v.dtype,
+            shape_zyx=v.shape_zyx,
+            mean=v.intensity.mean,
+            sd=v.intensity.sd,
+            probe=v.probe,
+        )
         for v in draft.fingerprint.volumes
     )
     return Choice(greys, "mean and sd of each, as measured; other volumes are measured when opened", "fingerprint")

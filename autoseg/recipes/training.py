@@ -9,7 +9,9 @@ from pathlib import Path
 import msgspec
 
 from autoseg.data.codes import default_cache
+from autoseg.data.em import measured_anew
 from autoseg.data.split import derive_split, split_crops
+from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.errors import PlanError
 from autoseg.plan import fingerprint
 from autoseg.schema import Fingerprint, Observer, Outcome, Plan, Split, load_as, save, sha256
@@ -37,6 +39,7 @@ def train_on(
     if sha256(facts) != plan.fingerprint_sha256:
         warn(f"{data} is not the data that {plan.name} was planned for (its fingerprint differs)")
         split = _split_for(plan, facts, data, warn)
+        _tell_measured(plan, facts, data, cache, warn)
     remember = functools.partial(_remember, run, data, facts, split if split != plan.split else None)
     return train(plan, data, run, split=split, device=device, cache=cache, observer=observer, claimed=remember)
 
@@ -73,6 +76,15 @@ def _check_classes(plan: Plan, facts: Fingerprint, data: Path) -> None:
     missing = [name for name in plan.class_names if name not in known]
     if missing:
         raise PlanError(data, f"does not annotate {missing[0]}, a class of {plan.name}", "plan anew for this data")
+
+
+def _tell_measured(plan: Plan, facts: Fingerprint, data: Path, cache: Path, warn: Warn) -> None:
+    """Name the EM volumes that the plan has no grey values of; they are measured whenever they are opened."""
+    root = data.parent if data.suffix == ".csv" else data
+    ems = [root / volume.path for volume in facts.volumes]
+    chunks = ChunkCache(0, checksums_in(cache))
+    for em in measured_anew(plan.normalization, ems, chunks):
+        warn(f"{em} is no EM that {plan.name} measured; its own grey values are used: plan anew to write them down")
 
 
 def _split_for(plan: Plan, facts: Fingerprint, data: Path, warn: Warn) -> Split:

@@ -12,7 +12,8 @@ import msgspec
 
 from autoseg.data.codes import default_cache
 from autoseg.data.dataset import Dataset, open_dataset
-from autoseg.data.store import checksums_in
+from autoseg.data.em import measured_anew
+from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.errors import DataError, PlanError
 from autoseg.evaluate import Scored, score_labels, voxels_without_em
 from autoseg.geometry import Box
@@ -57,6 +58,8 @@ def evaluate_run(
         regions = [Region(crop.name, crop.em, crop.grid) for crop in dataset.crops if crop.name in boxes]
         predict_regions(trained, regions, prediction, checksums=checksums_in(cache), progress=progress)
         checkpoint = trained.checkpoint
+        if new := measured_anew(plan.normalization, [r.em for r in regions], ChunkCache(0, checksums_in(cache))):
+            on += f"; EM that the plan did not measure, with its own grey values: {', '.join(map(str, new))}"
     else:
         for name in boxes:
             check_finished(prediction, name)

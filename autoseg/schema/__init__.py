@@ -15,6 +15,7 @@ from autoseg.schema.facts import (
     Hardware,
     Intensity,
     LeftOut,
+    Probe,
     Quantiles,
     VolumeFacts,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "Optimizer",
     "Outcome",
     "Plan",
+    "Probe",
     "Profile",
     "Quantiles",
     "Reason",

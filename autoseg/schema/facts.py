@@ -40,6 +40,19 @@ class Intensity(Record, frozen=True, kw_only=True):
     num_voxels: int
 
 
+class Probe(Record, frozen=True, kw_only=True):
+    """Voxels by which an EM volume is known again: a box of the level that was measured, and the crc32 of its values.
+
+    `shape_zyx` and `voxel_size_nm` are those of that level, `start_zyx` and `stop_zyx` of the box.
+    """
+
+    shape_zyx: VoxelsZYX
+    voxel_size_nm: NmZYX
+    start_zyx: VoxelsZYX
+    stop_zyx: VoxelsZYX
+    crc32: int
+
+
 class VolumeFacts(Record, frozen=True, kw_only=True):
     """One EM volume: its finest level, and its grey values; `path` is the same for two names of one EM."""
 
@@ -51,6 +64,7 @@ class VolumeFacts(Record, frozen=True, kw_only=True):
     intensity: Intensity
     stored_fraction: float
     origin_nm: NmZYX = (0.0, 0.0, 0.0)
+    probe: Probe | None = None
 
 
 class ClassCount(Record, frozen=True, kw_only=True):
@@ -151,7 +165,7 @@ class LeftOut(Record, frozen=True, kw_only=True):
     why: str
 
 
-Missing = Literal["outside", "not-fetched", "miscounted", "undeclared"]
+Missing = Literal["outside", "not-fetched", "miscounted", "undeclared", "damaged", "unseen"]
 Harmless = Literal["empty", "shared-number"]
 
 

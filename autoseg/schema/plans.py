@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from autoseg.geometry import Box, NmZYX, VoxelsZYX
-from autoseg.schema.facts import ClassEntry, Hardware
+from autoseg.schema.facts import ClassEntry, Hardware, Probe
 from autoseg.schema.records import Artifact, Record
 
 
@@ -95,13 +95,17 @@ class Sampling(Record, frozen=True, kw_only=True):
 
 
 class VolumeGrey(Record, frozen=True, kw_only=True):
-    """Mean and sd of the grey values of an EM volume, known again by its name, dtype and shape."""
+    """Mean and sd of the grey values of an EM volume, known again by some of its voxels.
+
+    Without a `probe` (plans of earlier versions) it is known by its name, its dtype and the shape of one of its levels.
+    """
 
     name: str
     dtype: str
     shape_zyx: VoxelsZYX
     mean: float
     sd: float
+    probe: Probe | None = None
 
 
 class Normalization(Record, frozen=True, kw_only=True):

@@ -2,7 +2,10 @@
 
 A frame says itself what it decodes to (blosc, zstd, lz4), or is decoded up to one byte more (gzip, zlib, bz2, lzma):
 a few bytes that would unfold to gigabytes are refused before they do. Only codecs named here are used, since some of
-numcodecs' run code that the file holds.
+numcodecs' run code that the file holds, and filters only between numbers, so that each says how much it widens::
+
+    chunk --filter--> values --filter--> values --compressor--> bytes --checksum--> file
+    bytes:  what the metadata declare              any number         4 more
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import bz2
 import lzma
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numcodecs
@@ -19,22 +22,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 COMPRESSORS = frozenset({"blosc", "zstd", "lz4", "gzip", "zlib", "bz2", "lzma"})
-FILTERS = frozenset({"delta", "shuffle", "bitround", "fixedscaleoffset", "quantize", "astype", "crc32", "adler32"})
+CHECKSUMS = frozenset({"crc32", "adler32", "crc32c"})
+FILTERS = CHECKSUMS | {"delta", "shuffle", "bitround", "fixedscaleoffset", "quantize", "astype"}
+CHECKSUM_BYTES = 4
+WIDEST = 8  # bytes of a number
 _Decompressor = Any  # of zlib, bz2 or lzma: decompress(data, max_length), eof, unused_data
 ZSTD_MAGIC = 0xFD2FB528
 LZMA_MEMORY_BYTES = 2**28
 
 
-def decode_chunk(
-    raw: bytes, compressor: dict[str, Any] | None, filters: tuple[dict[str, Any], ...], dtype: np.dtype[Any], size: int
-) -> NDArray[Any]:
-    """Return the `size` values of a stored chunk, flat; ValueError if the bytes are anything else."""
+def number_type(name: Any) -> np.dtype[Any]:
+    """Return the dtype of that name; ValueError unless it is a number of up to 8 bytes."""
+    dtype = np.dtype(name) if isinstance(name, str) else None
+    if dtype is None or dtype.kind not in "buif" or dtype.itemsize > WIDEST:
+        raise ValueError(f"dtype {name!r} is not a number of up to {WIDEST} bytes")
+    return dtype
+
+
+def decode_chunk(raw: bytes, codecs: Sequence[dict[str, Any]], dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+    """Return the `size` values of a stored chunk, flat; ValueError if the bytes are anything else.
+
+    `codecs` are in the order in which they were applied: filters, a compressor, checksums.
+    """
     expected = size * dtype.itemsize
     try:
-        # a filter may change the number of bytes, by no more than a checksum or a wider dtype
-        data = raw if compressor is None else _decompress(raw, compressor, expected, exact=not filters)
-        for config in reversed(filters):
-            data = numcodecs.get_codec(dict(config)).decode(data)
+        data: Any = raw
+        for config, num_bytes in zip(reversed(codecs), reversed(decoded_bytes(codecs, expected)), strict=True):
+            if config["id"] in COMPRESSORS:
+                data = _decompress(data if isinstance(data, bytes) else bytes(data), config, num_bytes)
+            else:
+                data = numcodecs.get_codec(dict(config)).decode(data)
     except ValueError:
         raise
     except Exception as error:  # each codec has exceptions of its own
@@ -45,17 +62,49 @@ def decode_chunk(
     return flat.view(dtype)
 
 
-def _decompress(raw: bytes, config: dict[str, Any], expected: int, *, exact: bool) -> Any:
+def decoded_bytes(codecs: Sequence[dict[str, Any]], chunk_bytes: int) -> list[int]:
+    """Return how many bytes each codec decodes to, as its configuration says; ValueError for codecs not used here.
+
+    Of a checksum around compressed bytes it is not known, nor needed.
+    """
+    found, size, compressed = [], chunk_bytes, False
+    for config in codecs:
+        found.append(size)
+        if compressed and config["id"] not in CHECKSUMS:
+            raise ValueError(f"codec {config['id']!r} follows a compressor")
+        if config["id"] in COMPRESSORS:
+            compressed = True
+            continue
+        decoded, encoded = _widths(config)
+        if size % decoded:
+            raise ValueError(f"filter {config['id']!r} takes {decoded} bytes at a time, there are {size}")
+        size = size // decoded * encoded + (CHECKSUM_BYTES if config["id"] in CHECKSUMS else 0)
+        if size > WIDEST * chunk_bytes + 2**10:
+            raise ValueError(f"its filters widen a chunk of {chunk_bytes} bytes to {size}")
+    return found
+
+
+def _widths(config: dict[str, Any]) -> tuple[int, int]:
+    """Return how many bytes a value has that this filter decodes, and how many it has encoded."""
     kind = config["id"]
-    limit = expected if exact else 8 * expected + 2**10
+    if kind not in FILTERS:
+        raise ValueError(f"filter {kind!r} is none of {', '.join(sorted(FILTERS))}")
+    if kind == "astype":
+        return number_type(config["decode_dtype"]).itemsize, number_type(config["encode_dtype"]).itemsize
+    if kind in ("delta", "fixedscaleoffset", "quantize"):
+        return number_type(config["dtype"]).itemsize, number_type(config.get("astype") or config["dtype"]).itemsize
+    return 1, 1
+
+
+def _decompress(raw: bytes, config: dict[str, Any], expected: int) -> Any:
+    """Return the `expected` bytes that were compressed."""
+    kind = config["id"]
     if kind in _STREAMED:
-        return _streamed(raw, _STREAMED[kind](config), limit)
+        return _streamed(raw, _STREAMED[kind](config), expected)
     declared = _DECLARED[kind](raw)
-    if declared is None and not exact:
-        raise ValueError("the zstd frame does not say its size, below a filter")
-    if declared is not None and (declared > limit or (exact and declared != expected)):
+    if declared is not None and declared != expected:
         raise ValueError(f"the frame decodes to {declared} bytes, a chunk is {expected}")
-    out = np.empty(expected if declared is None else declared, np.uint8)
+    out = np.empty(expected, np.uint8)
     _DIRECT[kind](raw, out)  # a third faster than by way of a codec object, which checks both buffers again
     return out
 
@@ -113,7 +162,9 @@ def _streamed(raw: bytes, make: Callable[[], _Decompressor], limit: int) -> byte
 
 def _lzma(config: dict[str, Any]) -> Callable[[], _Decompressor]:
     form, filters = config.get("format", lzma.FORMAT_XZ), config.get("filters")
-    memory = None if form == lzma.FORMAT_RAW else LZMA_MEMORY_BYTES
+    memory = None if form == lzma.FORMAT_RAW else LZMA_MEMORY_BYTES  # of a raw stream the configuration says it
+    if any(item.get("dict_size", 0) > LZMA_MEMORY_BYTES for item in filters or ()):
+        raise ValueError(f"lzma with a dictionary of more than {LZMA_MEMORY_BYTES} bytes")
     return lambda: lzma.LZMADecompressor(form, memory, filters)
 
 

@@ -18,11 +18,6 @@ from autoseg.geometry import VoxelsZYX
 ZARR_MAJOR = int(zarr.__version__.split(".")[0])
 
 
-def open_array(path: Path) -> Any:
-    """Open an existing array to read it; whatever zarr raises is the caller's to explain."""
-    return zarr.open_array(str(path), mode="r")
-
-
 def open_for_update(path: Path) -> Any:
     """Open an existing array to write more blocks into it; chunks of zeros alone are not stored."""
     return zarr.open_array(str(path), mode="r+", **_storing(False))
@@ -74,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(path, f"is not readable JSON ({brief(error)})", "restore the file") from None
     if not isinstance(content, dict):
         raise DataError(path, "is not a JSON object", "restore the file")

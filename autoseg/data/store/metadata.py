@@ -118,6 +118,9 @@ def _space(path: Path, dataset: dict[str, Any], common: list[Any], to_nm: list[f
         raise DataError(path, f"level {dataset['path']} has no scale", "add its voxel size to the multiscales metadata")
     vz, vy, vx = (a * b for a, b in zip(scale, to_nm, strict=True))
     oz, oy, ox = (a * b for a, b in zip(translation, to_nm, strict=True))
+    if not all(math.isfinite(v) for v in (vz, vy, vx, oz, oy, ox)) or not vz * vy * vx > 0:
+        what = f"level {dataset['path']} has voxels of {vz:g}, {vy:g}, {vx:g} nm at {oz:g}, {oy:g}, {ox:g} nm"
+        raise DataError(path, what, "correct its scale and translation")
     return (vz, vy, vx), (oz, oy, ox)
 
 

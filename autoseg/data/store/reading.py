@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.data.store.codecs import decode_chunk
-from autoseg.data.store.engine import brief, open_array
-from autoseg.data.store.layout import Layout, read_layout, stored_units
+from autoseg.data.store.layout import IN_ORDER, Layout, chunk_range, parse_index, read_layout, stored_units
 from autoseg.data.store.sidecar import Checksums, Recorded
 from autoseg.errors import DataError
 from autoseg.geometry import Box, VoxelsZYX
@@ -119,60 +118,86 @@ class ArrayReader:
         layout = self.layout
         sizes = zip(layout.shape_zyx, index, layout.chunk_zyx, strict=True)
         shape = tuple(min(c, n - i * c) for n, i, c in sizes)
-        if not layout.plain:
-            return self._load_by_zarr(index, shape)
-        raw = self._raw(index)
-        if self._recorded is not None:
-            self._recorded.check(layout, index, raw)
+        if layout.shards is None:
+            unit, raw = index, self._raw(index)
+            if self._recorded is not None:
+                self._recorded.check(layout, index, raw)
+        else:
+            unit, raw = self._chunk_of_shard(index)
         if raw is None:
             return np.broadcast_to(np.array(layout.fill_value, layout.dtype), shape)
-        chunk = self.decode(index, raw)
+        chunk = self._decode(unit, raw)
         return chunk if chunk.shape == shape else chunk[: shape[0], : shape[1], : shape[2]].copy()
 
-    def _load_by_zarr(self, index: VoxelsZYX, shape: tuple[int, ...]) -> NDArray[Any]:
+    def _chunk_of_shard(self, index: VoxelsZYX) -> tuple[VoxelsZYX, bytes | None]:
+        """Return (the shard that holds a chunk, the stored bytes of the chunk or None)."""
         layout = self.layout
-        z, y, x = (i * c // u for i, c, u in zip(index, layout.chunk_zyx, layout.unit_zyx, strict=True))
-        if self._recorded is not None and (z, y, x) not in self._verified:
-            self._recorded.check(layout, (z, y, x), self._raw((z, y, x)))
-            self._verified.add((z, y, x))
-        edges = zip(index, layout.chunk_zyx, shape, strict=True)
+        z, y, x = (i // n for i, n in zip(index, layout.chunks_of_unit, strict=True))
+        unit = (z, y, x)
+        if self._recorded is not None and unit not in self._verified:
+            self._recorded.check(layout, unit, self._raw(unit))
+            self._verified.add(unit)
+        table = self._cache.get((f"{self._key} index", unit), self._shard_index)
+        place = tuple(i % n for i, n in zip(index, layout.chunks_of_unit, strict=True))
         try:
-            return np.asarray(self._array[tuple(slice(i * c, i * c + n) for i, c, n in edges)])
-        except Exception as error:
-            raise self._undecodable((z, y, x), error) from None
-
-    def decode(self, unit: VoxelsZYX, raw: bytes) -> NDArray[Any]:
-        """Return the chunk that the stored bytes of a plain array are; DataError names it if they are none."""
-        layout = self.layout
-        try:
-            flat = decode_chunk(raw, layout.compressor, layout.filters, layout.dtype, math.prod(layout.chunk_zyx))
+            found = chunk_range(table, place, layout) if table.size else None
         except ValueError as error:
             raise self._undecodable(unit, error) from None
-        return flat.reshape(layout.chunk_zyx, order=layout.order)
+        return unit, None if found is None else self._raw(unit, *found)
 
-    def _undecodable(self, unit: VoxelsZYX, error: Exception) -> DataError:
-        why = str(error) if isinstance(error, ValueError) else brief(error)
-        what = f"the chunk {self.layout.file_name(unit)} cannot be decoded ({why})"
+    def _shard_index(self, unit: VoxelsZYX) -> NDArray[np.uint64]:
+        """Return the index of a shard (z, y, x, 2), nothing if the shard is not stored."""
+        layout = self.layout
+        assert layout.shards is not None
+        start = -layout.index_bytes if layout.shards.at_end else 0
+        raw = self._raw(unit, start, layout.index_bytes)
+        try:
+            return parse_index(raw, layout) if raw is not None else np.zeros(0, np.uint64)
+        except ValueError as error:
+            raise self._undecodable(unit, error) from None
+
+    def check_decodes(self, unit: VoxelsZYX, raw: bytes) -> None:
+        """Raise DataError, naming the file, unless its bytes are a chunk, or a shard of chunks."""
+        layout = self.layout
+        if layout.shards is None:
+            self._decode(unit, raw)
+            return
+        try:
+            table = parse_index(raw[-layout.index_bytes :] if layout.shards.at_end else raw, layout)
+            found = [chunk_range(table, place, layout) for place in np.ndindex(layout.chunks_of_unit)]
+        except ValueError as error:
+            raise self._undecodable(unit, error) from None
+        for offset, length in filter(None, found):
+            self._decode(unit, raw[offset : offset + length])
+
+    def _decode(self, unit: VoxelsZYX, raw: bytes) -> NDArray[Any]:
+        """Return the chunk that these stored bytes are; DataError names the file if they are none."""
+        layout = self.layout
+        try:
+            flat = decode_chunk(raw, layout.codecs, layout.dtype, math.prod(layout.chunk_zyx))
+        except ValueError as error:
+            raise self._undecodable(unit, error) from None
+        if layout.axes == IN_ORDER:
+            return flat.reshape(layout.chunk_zyx)
+        return flat.reshape([layout.chunk_zyx[axis] for axis in layout.axes]).transpose(np.argsort(layout.axes))
+
+    def _undecodable(self, unit: VoxelsZYX, error: ValueError) -> DataError:
+        what = f"the chunk {self.layout.file_name(unit)} cannot be decoded ({error})"
         return DataError(self.path, what, "restore the file")
 
-    def _raw(self, unit: VoxelsZYX) -> bytes | None:
-        """Return the stored bytes of a unit, None if it is not stored."""
+    def _raw(self, unit: VoxelsZYX, offset: int = 0, length: int | None = None) -> bytes | None:
+        """Return the stored bytes of a unit, or some of them (a negative offset counts from its end); None: no file."""
+        longest = self.layout.longest_bytes if self.layout.shards is None else -1
         try:
             with open(f"{self._key}/{self.layout.file_name(unit)}", "rb") as file:
-                return file.read(2**40 if not self.layout.plain else 2 * self.layout.chunk_bytes + 2**16)
+                if offset:
+                    file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+                return file.read(longest if length is None else length)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             what = f"the chunk {self.layout.file_name(unit)} cannot be read ({error.strerror})"
             raise DataError(self.path, what, "restore the file") from None
-
-    @cached_property
-    def _array(self) -> Any:
-        """Return the array as zarr opens it, for what is not plain."""
-        try:
-            return open_array(self.path)
-        except Exception as error:
-            raise DataError(self.path, f"is not a readable zarr array ({brief(error)})", "restore it") from None
 
     @cached_property
     def stored_chunks(self) -> NDArray[np.bool_]:
