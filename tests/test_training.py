@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -46,9 +47,11 @@ from autoseg.schema import (
     read_json_lines,
     save,
 )
-from autoseg.train import batches, journal, loader, loop, make_step, thresholds, train, validation
+from autoseg.train import batches, budget, journal, loader, loop, make_step, thresholds, train, validation
+from autoseg.train.loader import StepDataset
 from autoseg.train.schedule import rate_factor
 from autoseg.train.step import Learner
+from autoseg.train.validation import Validator
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +421,33 @@ def test_a_budget_becomes_a_number_of_steps_once(place: tuple[Path, Path], tmp_p
     second = train(plan, place[0], run, cache=place[1], observer=StopAt(4))
     assert second.num_steps == first.num_steps
     assert len(read_json_lines(run / "adaptations.jsonl")) == 1
+
+
+def test_timing_steps_takes_a_share_of_the_budget_at_most(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine a dozen timed steps once ate most of the budget."""
+    times = iter(range(10**6))
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: float(next(times)))  # a step seems to take a second
+    plan = tiny_plan(*place, {"optimizer.num_steps": None, "budget_s": 40.0})
+    source = StepDataset(plan, *place)
+    validator = Validator(plan, open_dataset(place[0]), place[1], 2**20)
+    source.first()
+    length = budget.fit_length(source, tmp_path, validator, torch.device("cpu"))
+    assert 15 < length.num_steps < 40
+    assert length.remark is not None
+    assert re.match(rf"only {length.num_steps} steps fit into 40 s, a step takes 1 s .*busy.*too few", length.remark)
+
+
+def test_a_run_long_enough_and_as_fast_as_planned_has_no_remark(place: tuple[Path, Path]) -> None:
+    plan = tiny_plan(*place, {"optimizer.num_steps": None, "budget_s": 40.0})
+    plan = msgspec.structs.replace(plan, predicted_step_s=0.4)
+    assert budget._remark(plan, 100, 0.5) is None
+    assert "busy" in (budget._remark(plan, 100, 0.9) or "")
+    few = budget._remark(plan, 20, 0.5)
+    assert few is not None
+    assert "busy" not in few
+    assert "longer --budget" in few
 
 
 def test_a_run_folder_of_another_plan_is_refused_and_left_alone(

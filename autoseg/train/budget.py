@@ -9,22 +9,26 @@ from typing import NamedTuple
 
 import torch
 
+from autoseg.schema import Plan
 from autoseg.train.journal import adapt, adaptation
 from autoseg.train.loader import PREFETCH, StepDataset
 from autoseg.train.step import Learner
 from autoseg.train.validation import Validator
 
-WARM_UP_STEPS = 3
-TIMED_STEPS = 12
+WARM_UP_STEPS = 2
+TIMED_STEPS, LEAST_TIMED = 12, 3
+MAX_TRIAL_SHARE = 0.1  # of the budget, once the least steps are timed
+FEW_STEPS = 50
 BUDGET_USED = 0.97
 MAX_VALIDATION_SHARE = 0.1
 
 
 class Length(NamedTuple):
-    """How long a run is."""
+    """How long a run is, and what the user should know of it."""
 
     num_steps: int
     num_rounds: int
+    remark: str | None = None
 
 
 def fit_length(source: StepDataset, run: Path, validator: Validator, device: torch.device) -> Length:
@@ -37,7 +41,7 @@ def fit_length(source: StepDataset, run: Path, validator: Validator, device: tor
         return Length(int(before["num_steps"]), int(before["num_rounds"]))
     assert plan.budget_s is not None
     start = time.perf_counter()
-    step_s, validation_s = _measure(source, validator, device)
+    step_s, validation_s = _measure(source, validator, device, start + MAX_TRIAL_SHARE * plan.budget_s)
     left = BUDGET_USED * plan.budget_s - (time.perf_counter() - start)
     affordable = max(1, int(MAX_VALIDATION_SHARE * left / max(validation_s, 1e-6)))
     num_rounds = min(plan.validation.num_rounds, affordable)
@@ -54,10 +58,21 @@ def fit_length(source: StepDataset, run: Path, validator: Validator, device: tor
             f"{validation_s:.1f} s (at most {MAX_VALIDATION_SHARE:.0%} of the time, and at least one)",
         },
     )
-    return Length(num_steps, num_rounds)
+    return Length(num_steps, num_rounds, _remark(plan, num_steps, step_s))
 
 
-def _measure(source: StepDataset, validator: Validator, device: torch.device) -> tuple[float, float]:
+def _remark(plan: Plan, num_steps: int, step_s: float) -> str | None:
+    """Warn of a run too short to learn, or of steps that take twice as long as planned."""
+    planned = plan.predicted_step_s
+    if num_steps >= FEW_STEPS and (planned is None or step_s <= 2 * planned):
+        return None
+    slow = f" (planned: {planned:.2g} s; is the machine busy?)" if planned is not None and step_s > 2 * planned else ""
+    short = ": too few to learn much" if num_steps < FEW_STEPS else ""
+    what = f"only {num_steps} steps fit into {plan.budget_s:g} s, a step takes {step_s:.2g} s{slow}{short}"
+    return f"{what}; to have more, free the machine or plan with a longer --budget, and train into another --run"
+
+
+def _measure(source: StepDataset, validator: Validator, device: torch.device, until_s: float) -> tuple[float, float]:
     """Return (seconds of a step with its batch, seconds of a validation) on a throw-away network."""
     plan = source.plan
     trial, batches = Learner(plan, 10**6, device), source.batches(0, 10**6)
@@ -66,6 +81,8 @@ def _measure(source: StepDataset, validator: Validator, device: torch.device) ->
         trial.step(step, next(batches))
     times = []
     for step in range(TIMED_STEPS + queued):
+        if step >= LEAST_TIMED + queued and time.perf_counter() > until_s:
+            break
         start = time.perf_counter()
         trial.step(step, next(batches))
         times.append(time.perf_counter() - start)

@@ -97,8 +97,9 @@ class _Session:
     def go(self, observer: Observer, asked: Callable[[], str | None]) -> Outcome:
         """Run the remaining steps."""
         journal = Journal(self.run, self.header.step)
-        if self.remark:
-            observer.warned(self.remark)
+        for remark in (self.length.remark, self.remark):
+            if remark:
+                observer.warned(remark)
         if self.source.untaught:
             observer.warned(f"no voxel to train on shows {', '.join(self.source.untaught)}: such classes learn nothing")
         observer.started(self.plan, self.length.num_steps, self.header.step)
