@@ -222,7 +222,7 @@ def test_every_decision_of_a_plan_has_exactly_one_reason(found: Fingerprint, har
         covering = [name for name in explained if field == name or field.startswith(f"{name}.")]
         assert len(covering) == 1, f"{field} has the reasons {covering}"
     assert all(r.because and r.source for r in plan.reasons)
-    assert {name.split(".")[0] for name in explained} <= {*Plan.__struct_fields__, "dimensions"}
+    assert {name.split(".")[0] for name in explained} <= {*Plan.__struct_fields__, "dimensions", "resolution"}
 
 
 @cheap
@@ -395,9 +395,9 @@ def test_decoded_em_is_counted_in_bytes_of_the_level_that_is_read() -> None:
 def test_labels_finer_than_their_em_are_not_said_to_have_its_voxel_size() -> None:
     plan = make_plan("a", with_em(facts((64, 64, 64), (2.0, 2.0, 2.0)), (4.0, 4.0, 4.0), (64, 64, 256)), machine(), {})
     assert plan.voxel_size_nm == (4.0, 4.0, 4.0)
-    assert reason(plan, "voxel_size_nm").startswith("100% of the annotated voxels have it (that of their EM")
+    assert reason(plan, "voxel_size_nm").startswith("100% of what is annotated, by crop and class, has it (that of")
     own = make_plan("a", facts((64, 64, 64), (4.0, 4.0, 4.0)), machine(), {})
-    assert reason(own, "voxel_size_nm") == "100% of the annotated voxels have it"
+    assert reason(own, "voxel_size_nm") == "100% of what is annotated, by crop and class, has it"
 
 
 @cheap
@@ -465,6 +465,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "classes": ('[{"name": "pm"}]', (ClassEntry(name="pm"),)),
     "split.train": ('[{"crop": "v0/crop2"}]', (Region(crop="v0/crop2"),)),
     "split.validate": ('[{"crop": "v0/crop3"}]', (Region(crop="v0/crop3"),)),
+    "split.voxel_edge_nm": ("8,16", (8.0, 16.0)),
     "em_voxel_size_nm": ("50,4,4", (50.0, 4.0, 4.0)),
     "split.folds": ("3", 3),
     "split.fold": ("2", 2),

@@ -28,6 +28,8 @@ from autoseg.recipes.profile import profile_plan
 from autoseg.report import terminal
 from autoseg.schema import Fingerprint, Hardware, Plan, load_as, save
 
+ANY_EDGE_NM = (0.0, 1e9)
+
 
 def run_import(options: argparse.Namespace) -> int:
     """Bring volumes into DATA."""
@@ -115,7 +117,7 @@ def _by_resolution(
     facts: Fingerprint, hardware: Hardware, out: Path, settings: dict[str, Any]
 ) -> dict[Path, dict[str, Any]]:
     """Return for each group of classes the path of its plan, named by its voxel size, and its settings."""
-    every = make_plan(out.stem, facts, hardware, settings)
+    every = make_plan(out.stem, facts, hardware, settings | {"split.voxel_edge_nm": ANY_EDGE_NM})
     groups = resolution_groups(facts, every.class_names)
     return {
         out.with_stem(f"{out.stem}-{group.edge_nm:.3g}nm"): settings

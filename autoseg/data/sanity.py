@@ -51,6 +51,8 @@ def find(crops: Sequence[CropFacts], volumes: Sequence[VolumeFacts], traits: Seq
 
 
 def _looks(crop: CropTraits, volume: VolumeFacts) -> dict[str, Look]:
+    if volume.intensity is None:
+        return {}
     mean, sd = volume.intensity.mean, max(volume.intensity.sd, 1e-6)
 
     def look(one: ClassTraits) -> Look:

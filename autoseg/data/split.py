@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from autoseg.data.islands import TOUCHING, Island, SplitCrop, cut, frame_of, grid_of, islands, least_in
 from autoseg.errors import PlanError
-from autoseg.geometry import Grid, cube_edge_nm
+from autoseg.geometry import Grid, NmZYX, cube_edge_nm
 from autoseg.schema import CropFacts, Fingerprint, Region, Split, SplitRule, VolumeFacts
 
 VALIDATION_SHARE = 0.1
@@ -37,19 +37,20 @@ def split_crops(
             name=crop.name,
             volume=volumes[crop.volume].path,
             shape_zyx=crop.shape_zyx,
-            present={name: crop.counts[name].present for name in classes if name in crop.counts},
+            present={name: voxels for name in classes if (voxels := crop.present(name)) is not None},
             declared=crop.split,
             outer_start_zyx=_outer_start(crop, volumes[crop.volume]),
             grid=crop.grid,
             along={name: (n.along_y, n.along_x) for name in classes if (n := crop.counts.get(name)) and n.along_y},
         )
         for crop in facts.crops
-        if voxel_edge_nm is None or _within(cube_edge_nm(crop.voxel_size_nm), voxel_edge_nm)
+        if voxel_edge_nm is None or within(crop.voxel_size_nm, voxel_edge_nm)
     ]
 
 
-def _within(edge_nm: float, edges_nm: tuple[float, float]) -> bool:
-    return edges_nm[0] * (1 - 1e-6) <= edge_nm <= edges_nm[1] * (1 + 1e-6)
+def within(voxel_size_nm: NmZYX, edges_nm: tuple[float, float]) -> bool:
+    """Return whether a voxel is as large as a cube of an edge from the first to the second."""
+    return edges_nm[0] * (1 - 1e-6) <= cube_edge_nm(voxel_size_nm) <= edges_nm[1] * (1 + 1e-6)
 
 
 def _outer_start(crop: CropFacts, volume: VolumeFacts) -> tuple[bool, bool, bool]:

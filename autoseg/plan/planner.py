@@ -50,11 +50,12 @@ _POSITIVE = (
 )
 
 
-# In order: a rule sees only what stands above it. "dimensions" is not a field; others follow from it.
+# In order: a rule sees only what stands above it. "resolution" and "dimensions" are no fields; others follow.
 RULES: tuple[tuple[str, Rule], ...] = (
     ("seed", data.choose_seed),
     ("device", network.choose_device),
     ("precision", network.choose_precision),
+    ("resolution", data.choose_resolution),
     ("classes", data.choose_classes),
     ("split", rules_split.choose_split),
     ("em_voxel_size_nm", data.choose_em_voxel_size),
@@ -133,7 +134,7 @@ def make_plan(
         if field == "network.features":
             _check_network(draft)
     values = draft.nested()
-    del values["dimensions"]
+    del values["dimensions"], values["resolution"]
     values |= {
         "name": settings.get("name", name),
         "fingerprint_sha256": sha256(fingerprint),

@@ -48,6 +48,16 @@ def resolution_groups(facts: Fingerprint, names: Sequence[str]) -> tuple[Group, 
     return tuple(_group(facts, sorted(group, key=order.__getitem__), wanted) for group in groups)
 
 
+def serving_range(facts: Fingerprint, names: Sequence[str]) -> tuple[float, float] | None:
+    """Return the edges of the voxels that suit one plan for most of these classes; None where all crops suit it."""
+    groups = resolution_groups(facts, names)
+    main = max(groups, key=lambda group: sum(_holds(crop, name) for crop in facts.crops for name in group.classes))
+    held = [crop for crop in facts.crops if any(_holds(crop, name) for name in names)]
+    low, high = main.edge_nm / FINER, main.edge_nm * COARSER
+    edges = [cube_edge_nm(crop.voxel_size_nm) for crop in held]
+    return None if all(low <= edge <= high * (1 + 1e-6) for edge in edges) else main.voxel_edge_nm
+
+
 def _group(facts: Fingerprint, names: list[str], wanted: dict[str, int]) -> Group:
     """Return the group of these classes at the size of most of their crops within its two octaves."""
     octaves = sorted({wanted[name] for name in names})
@@ -64,10 +74,15 @@ def _group(facts: Fingerprint, names: list[str], wanted: dict[str, int]) -> Grou
 
 
 def _octave_wanted(facts: Fingerprint, name: str) -> int:
-    """Return the coarsest octave of crops that hold the class at which it spans enough voxels, else the finest."""
-    thickness = next((shape.thickness_nm for shape in facts.shapes if shape.name == name), None)
-    limit = math.inf if thickness is None else thickness.p50 / MIN_VOXELS_ACROSS
+    """Return the coarsest octave of crops that hold the class at which it spans enough voxels, else the finest.
+
+    Of a class whose shape nobody measured it is the octave of most crops.
+    """
     held = Counter(_octave(crop) for crop in facts.crops if _holds(crop, name))
+    shape = next((shape for shape in facts.shapes if shape.name == name), None)
+    if shape is None:
+        return min(held, key=lambda octave: (-held[octave], octave))
+    limit = math.inf if shape.thickness_nm is None else shape.thickness_nm.p50 / MIN_VOXELS_ACROSS
     enough = [octave for octave, number in held.items() if number >= LEAST_CROPS] or list(held)
     fits = [octave for octave in enough if 2.0**octave <= limit * math.sqrt(2)]
     return max(fits, default=min(enough))
@@ -78,6 +93,4 @@ def _octave(crop: CropFacts) -> int:
 
 
 def _holds(crop: CropFacts, name: str) -> bool:
-    """Return whether the class is in the crop; one that was never counted there counts if it is annotated."""
-    count = crop.counts.get(name)
-    return name in crop.annotated if count is None else count.present > 0
+    return bool(crop.present(name))

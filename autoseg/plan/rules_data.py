@@ -7,10 +7,11 @@ import statistics
 from collections import Counter
 
 from autoseg.data.classes import cellmap_table
+from autoseg.data.split import within
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX, coarser_voxel_size, cube_edge_nm
 from autoseg.plan.draft import Choice, Draft
-from autoseg.plan.resolution import MIN_VOXELS_ACROSS, resolution_groups
+from autoseg.plan.resolution import MIN_VOXELS_ACROSS, resolution_groups, serving_range
 from autoseg.plan.rules_machine import usable_bytes
 from autoseg.schema import CropFacts, VolumeGrey, nearest
 
@@ -29,13 +30,27 @@ def choose_seed(_: Draft) -> Choice:
     return Choice(0, "any number; repeat a run with others to see its noise", "convention")
 
 
+def choose_resolution(draft: Draft) -> Choice:
+    """Return the edges in nm of the voxels of crops that one plan can use, None for any; the split holds them."""
+    if "split.voxel_edge_nm" in draft.settings:
+        return Choice(draft.settings["split.voxel_edge_nm"], "set by the user", "user")
+    names = [entry.name for entry in draft.fingerprint.classes if _positive(draft, entry.name) >= MIN_POSITIVE_VOXELS]
+    wanted = [name for name in draft.settings.get("classes.names", names) if name in names] or names
+    edges = serving_range(draft.fingerprint, wanted) if wanted else None
+    if edges is None:
+        return Choice(None, "the labels of all crops are of like voxel sizes", "fingerprint")
+    used = sum(within(crop.voxel_size_nm, edges) for crop in draft.fingerprint.crops)
+    because = f"{used} of {len(draft.fingerprint.crops)} crops have labels of {edges[0]:.3g} to {edges[1]:.3g} nm; "
+    return Choice(edges, because + "coarser ones would be blown up: plan --by-resolution uses them", "fingerprint")
+
+
 def choose_classes(draft: Draft) -> Choice:
     """Return the classes that training can learn: those with positive voxels, or those the user asked for.
 
     A set of classes that was asked for means those of its members that can be learnt.
     """
     known = {entry.name: entry for entry in draft.fingerprint.classes}
-    positives = {name: _positive(draft, name) for name in known}
+    positives = {name: _positive(draft, name, draft["resolution"]) for name in known}
     learnable = {name: known[name] for name, n in positives.items() if n >= MIN_POSITIVE_VOXELS}
     wanted = draft.settings.get("classes.names")
     if wanted:
@@ -84,7 +99,7 @@ def choose_em_voxel_size(draft: Draft) -> Choice:
 
 
 def choose_voxel_size(draft: Draft) -> Choice:
-    """Return the voxel size that most annotated voxels of the training crops have, never finer than their EM.
+    """Return the voxel size of most training crops, one vote for each class they hold, never finer than their EM.
 
     A CPU takes the next coarser one if the thinnest class still spans enough voxels there.
     """
@@ -100,11 +115,11 @@ def choose_voxel_size(draft: Draft) -> Choice:
         exact.setdefault(key, (size[0], size[1], size[2]))
         if any(e - v > 1e-3 for v, e in zip(crop.voxel_size_nm, em, strict=True)):
             finer.add(key)
-        votes[key] += math.prod(crop.shape_zyx)
+        votes[key] += sum(bool(crop.present(entry.name)) for entry in draft["classes"])
     key, won = votes.most_common(1)[0]
     size = exact[key]
     share = won / votes.total()
-    because = f"{share:.0%} of the annotated voxels have it"
+    because = f"{share:.0%} of what is annotated, by crop and class, has it"
     because += " (that of their EM, where labels are finer)" if key in finer else ""
     others = [_nm(other) for other in votes if other != key]
     because += f"; resampled on the fly: {', '.join(others[:3])}" if others else ""
@@ -218,9 +233,9 @@ def choose_input_slices(draft: Draft) -> Choice:
 
 def choose_normalization(draft: Draft) -> Choice:
     """Return the rule that makes grey values network input."""
-    greys = [(v.name, v.intensity) for v in draft.fingerprint.volumes]
-    name, grey = greys[0]
-    because = f"by mean and sd of each volume ({name}: {grey.mean:.0f} ± {grey.sd:.0f}), never of a patch"
+    measured = [(v.name, v.intensity) for v in draft.fingerprint.volumes if v.intensity is not None]
+    example = "".join(f" ({name}: {grey.mean:.0f} ± {grey.sd:.0f})" for name, grey in measured[:1])
+    because = f"by mean and sd of each volume{example}, never of a patch"
     return Choice("volume", because, "per-patch scaling shifts grey values (origin experiments)")
 
 
@@ -238,6 +253,7 @@ def choose_volume_greys(draft: Draft) -> Choice:
             probe=v.probe,
         )
         for v in draft.fingerprint.volumes
+        if v.intensity is not None
     )
     return Choice(greys, "mean and sd of each, as measured; other volumes are measured when opened", "fingerprint")
 
@@ -248,15 +264,19 @@ def training_crops(draft: Draft) -> list[CropFacts]:
     return [crop for crop in draft.fingerprint.crops if crop.name in train]
 
 
-def _positive(draft: Draft, name: str) -> int:
-    return sum(crop.counts[name].present for crop in draft.fingerprint.crops if name in crop.counts)
+def _positive(draft: Draft, name: str, edges_nm: tuple[float, float] | None = None) -> int:
+    crops = (c for c in draft.fingerprint.crops if edges_nm is None or within(c.voxel_size_nm, edges_nm))
+    return sum(crop.present(name) or 0 for crop in crops)
 
 
 def share_of(draft: Draft, name: str) -> float:
-    """Return the share of a class in the voxels in which it is known."""
+    """Return the share of a class in the voxels in which it is known, as counted or as reported; 1 if nobody knows."""
+    reported = draft.fingerprint.frequencies.get(name)
     counts = [crop.counts[name] for crop in draft.fingerprint.crops if name in crop.counts]
     known = sum(c.present + c.absent for c in counts)
-    return sum(c.present for c in counts) / known if known else 0.0
+    if known:
+        return sum(c.present for c in counts) / known
+    return reported.share if reported else 1.0
 
 
 def _median_extent(draft: Draft) -> VoxelsZYX:

@@ -21,7 +21,7 @@ def choose_split(draft: Draft) -> Choice:
 
     Where the user sets one side, the other keeps what does not overlap it. Raises PlanError where nothing trains.
     """
-    edges = draft.settings.get("split.voxel_edge_nm")
+    edges = draft["resolution"]
     crops = split_crops(draft.fingerprint, [entry.name for entry in draft["classes"]], edges)
     if edges and not crops:
         raise PlanError("split.voxel_edge_nm", f"no crop has voxels of {edges[0]:g} to {edges[1]:g} nm", "widen it")
@@ -48,7 +48,8 @@ def choose_split(draft: Draft) -> Choice:
     leaks = count_leaks(split, crops)
     numbers = f"{len(split.train)} regions train, {len(split.validate)} validate, {leaks.regions} of them "
     numbers += f"share {leaks.voxels:,} voxels with what trains: those never teach" if leaks.regions else "leak"
-    source = "user" if asked or folds is not None else "split rule"
+    by_user = asked or folds is not None or "split.voxel_edge_nm" in draft.settings
+    source = "user" if by_user else "split rule"
     return Choice(split, f"{because}; {numbers}{_one_sided(split, crops)}", source)
 
 

@@ -130,9 +130,11 @@ def _input_sd(draft: Draft) -> float:
     """Return the mean sd of the volumes as a share of the range of their dtype."""
     shares = []
     for volume in draft.fingerprint.volumes:
+        if volume.intensity is None:
+            continue
         bits = int(re.sub(r"\D", "", volume.dtype) or 0)
         shares.append(volume.intensity.sd / (2.0**bits - 1) if "int" in volume.dtype and bits else 1.0)
-    return sum(shares) / len(shares)
+    return sum(shares) / len(shares) if shares else 0.2
 
 
 def choose_learning_rate(draft: Draft) -> Choice:

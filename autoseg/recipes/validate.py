@@ -126,6 +126,8 @@ def _same_em(a: VolumeFacts, b: VolumeFacts, own: bool) -> bool:
     """
     if own and a.name == b.name:
         return True
+    if a.intensity is None or b.intensity is None:
+        return False
     greys = zip((a.intensity.mean, a.intensity.sd), (b.intensity.mean, b.intensity.sd), strict=True)
     shapes = (a.dtype, a.shape_zyx, a.voxel_size_nm) == (b.dtype, b.shape_zyx, b.voxel_size_nm)
     return shapes and all(math.isclose(x, y, rel_tol=1e-6) for x, y in greys)

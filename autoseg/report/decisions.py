@@ -129,7 +129,7 @@ def _volumes(volumes: tuple[VolumeFacts, ...]) -> Html:
         grey = volume.intensity
         size = " × ".join(f"{v:g}" for v in volume.voxel_size_nm)
         shape = " × ".join(f"{n:,}" for n in volume.shape_zyx)
-        levels = f"{grey.p0_5:.4g} · {grey.p50:.4g} · {grey.p99_5:.4g}"
-        mean = f"{grey.mean:.4g} ± {grey.sd:.3g}"
+        levels = f"{grey.p0_5:.4g} · {grey.p50:.4g} · {grey.p99_5:.4g}" if grey else "–"
+        mean = f"{grey.mean:.4g} ± {grey.sd:.3g}" if grey else "–"
         rows.append((volume.name, size, shape, volume.dtype, mean, levels, f"{volume.stored_fraction:.0%}"))
     return table(head, rows)

@@ -109,7 +109,9 @@ def plan_summary(plan: Plan) -> str:
 
 
 def field_value(plan: Plan, field: str) -> Any:
-    """Return the value of a dotted field; "dimensions" is read off the patch."""
+    """Return the value of a dotted field; "dimensions" is read off the patch, "resolution" off the split."""
+    if field == "resolution":
+        return plan.split.voxel_edge_nm
     if field == "dimensions":
         flat = plan.patch_size_zyx[0] == 1
         return "3d" if not flat else "2.5d" if plan.input_slices > 1 else "2d"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import msgspec
@@ -54,14 +55,17 @@ class Probe(Record, frozen=True, kw_only=True):
 
 
 class VolumeFacts(Record, frozen=True, kw_only=True):
-    """One EM volume: its finest level, and its grey values; `path` is the same for two names of one EM."""
+    """One EM volume: its finest level, and its grey values, None if they were never measured.
+
+    `path` is the same for two names of one EM.
+    """
 
     name: str
     path: str
     dtype: str
     shape_zyx: VoxelsZYX
     voxel_size_nm: NmZYX
-    intensity: Intensity
+    intensity: Intensity | None
     stored_fraction: float
     origin_nm: NmZYX = (0.0, 0.0, 0.0)
     probe: Probe | None = None
@@ -107,7 +111,7 @@ class Contradiction(Record, frozen=True, kw_only=True):
 
 
 class CropFacts(Record, frozen=True, kw_only=True):
-    """One annotated box, `dataset/cropN`, and what its annotation holds for each class.
+    """One annotated box, `dataset/cropN`, and what its annotation holds for each class that was counted in it.
 
     `conflicts` counts the voxels that contradict the class table; `contradictions` name the classes, most voxels first.
     `stored_sha256` is the digest of the stored bytes under it, EM and labels, and of what their metadata say.
@@ -124,6 +128,12 @@ class CropFacts(Record, frozen=True, kw_only=True):
     conflicts: int = 0
     contradictions: tuple[Contradiction, ...] = ()
     stored_sha256: str | None = None
+
+    def present(self, name: str) -> int | None:
+        """Voxels of a class: all voxels of the crop where it is annotated and was never counted; None if unknown."""
+        if name in self.counts:
+            return self.counts[name].present
+        return math.prod(self.shape_zyx) if name in self.annotated else None
 
     @property
     def grid(self) -> Grid:
@@ -188,8 +198,19 @@ class Finding(Record, frozen=True, kw_only=True):
         return self.kind not in get_args(Harmless)
 
 
+class Frequency(Record, frozen=True, kw_only=True):
+    """How much of the crops that hold it a class fills, as somebody reported it, and who."""
+
+    share: float
+    source: str
+
+
 class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
-    """What a planner may know of a data set; `class_sets` are the sets of its own classes.json."""
+    """What a planner may know of a data set; `class_sets` are the sets of its own classes.json.
+
+    One that was not measured says in `source` what it was made from; a class that nobody counted may
+    have its `frequencies`.
+    """
 
     volumes: tuple[VolumeFacts, ...]
     crops: tuple[CropFacts, ...]
@@ -199,6 +220,8 @@ class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
     shapes: tuple[ClassShape, ...] = ()
     class_sets: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    frequencies: dict[str, Frequency] = msgspec.field(default_factory=dict)
+    source: str | None = None
 
 
 class Gpu(Record, frozen=True, kw_only=True):
