@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
+import os
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from autoseg.errors import PlanError
 from autoseg.plan import make_plan, shipped
-from autoseg.schema import Hardware, load_as
+from autoseg.schema import Fingerprint, Hardware, Plan, load_as, save
 from tests.test_planner import facts
 
+ROOT = Path(__file__).parents[1]
 MACHINES = {
     "shenron": (4, 10.75, 32, 126),
     "rocinante": (2, 23.68, 32, 252),
@@ -44,6 +49,43 @@ def test_a_plan_for_a_shipped_machine_fits_it(name: str, precision: str) -> None
     assert plan.precision == precision
     assert plan.predicted_memory_bytes < 0.9 * hardware.gpus[0].memory_bytes
     assert plan.predicted_ram_bytes < hardware.ram_bytes
+
+
+SHIPPED_PLANS = ("rocinante", "shenron", "rtx4090", "l40s", "a100-40", "a100-80", "h100-80", "v100-16")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("rocinante", "shenron") else pytest.mark.slow) for n in SHIPPED_PLANS]
+)
+def test_a_shipped_plan_is_what_the_planner_makes_of_the_shipped_fingerprint_and_machine(name: str) -> None:
+    """After a wanted change run with AUTOSEG_WRITE_GOLDEN=1 (`-m ''` for all) and look at `autoseg plan --diff`."""
+    found = load_as(shipped.shipped_files("fingerprints")["cellmap"], Fingerprint)
+    hardware = load_as(shipped.hardware_file(name), Hardware)
+    plan = make_plan(name, found, hardware, {})
+    path = ROOT / f"plans/{name}.json"
+    if os.environ.get("AUTOSEG_WRITE_GOLDEN"):
+        save(plan, path)
+    before = load_as(path, Plan)
+    for field in ("predicted_memory_bytes", "predicted_ram_bytes"):
+        assert getattr(plan, field) == pytest.approx(getattr(before, field), rel=0.02), field
+    quiet: dict[str, Any] = {"predicted_memory_bytes": 0, "predicted_ram_bytes": 0, "reasons": ()}
+    assert msgspec.structs.replace(plan, **quiet) == msgspec.structs.replace(before, **quiet)
+    assert [(r.field, r.source) for r in plan.reasons] == [(r.field, r.source) for r in before.reasons]
+    used = plan.predicted_memory_bytes / hardware.gpus[0].memory_bytes
+    assert 0.5 <= used <= 0.9 or "would not help" in next(r.because for r in plan.reasons if r.field == "batch_size")
+    assert plan.predicted_ram_bytes < 0.6 * hardware.ram_bytes
+
+
+def test_the_shipped_fingerprint_is_the_challenge_s_and_says_what_it_does_not_know() -> None:
+    found = load_as(shipped.shipped_files("fingerprints")["cellmap"], Fingerprint)
+    assert (len(found.crops), len(found.volumes), len(found.classes)) == (289, 22, 48)
+    assert sum(math.prod(crop.shape_zyx) for crop in found.crops) == pytest.approx(42.3e9, rel=0.01)
+    assert found.source is not None
+    assert "not counted" in found.source
+    assert all(not crop.counts for crop in found.crops)
+    assert all(volume.intensity is None for volume in found.volumes)
+    assert {name for name, reported in found.frequencies.items() if reported.share > 0.3} == {"nuc", "ecs"}
+    assert all(reported.source for reported in found.frequencies.values())
 
 
 def test_a_name_that_is_no_machine_is_refused_with_the_nearest() -> None:

@@ -19,7 +19,8 @@ ANISOTROPY_OF_SECTIONS = 3.0
 VALID_SHARE = 0.9
 PATCH_EDGES = (512, 384, 320, 256, 192, 160, 128, 96, 64, 48, 32, 16)
 SOLID_EDGES = (192, 160, 128, 96, 64)
-SOLID_BYTES_PER_VOXEL = 1400  # traced: the narrow RSUNet, 14 classes, bf16, with the share of workspace
+# Traced: the narrow RSUNet in bf16, 96³ to 192³, 14 and 48 classes, with the share of workspace.
+SOLID_BYTES, SOLID_BYTES_A_CLASS = 1100, 22
 SLICES_2_5D = 5
 SLICES_OF_SECTIONS = 3
 MIN_POSITIVE_VOXELS = 50
@@ -58,7 +59,10 @@ def choose_classes(draft: Draft) -> Choice:
     if not learnable:
         raise PlanError("classes", "no class has enough positive voxels", "check the labels (autoseg fingerprint)")
     left = [name for name in known if name not in learnable]
-    because = f"{len(learnable)} classes have at least {MIN_POSITIVE_VOXELS} positive voxels"
+    counted = any(name in crop.counts for crop in draft.fingerprint.crops for name in learnable)
+    because = f"{len(learnable)} classes " + (
+        f"have at least {MIN_POSITIVE_VOXELS} positive voxels" if counted else "are annotated (nobody counted voxels)"
+    )
     choice = tuple(learnable.values())
     return Choice(choice, because + (f"; left out: {', '.join(left)}" if left else ""), "fingerprint")
 
@@ -215,7 +219,7 @@ def _solid_edge(draft: Draft) -> tuple[int, str]:
     if draft["device"] == "cpu":
         return 64, "limit 64 on a CPU"
     room, name = usable_bytes(draft)
-    most = 0.7 * room / 2 / SOLID_BYTES_PER_VOXEL
+    most = 0.7 * room / 2 / (SOLID_BYTES + SOLID_BYTES_A_CLASS * len(draft["classes"]))
     edge = max((e for e in SOLID_EDGES if e**3 <= most), default=SOLID_EDGES[-1])
     return edge, f"two patches of {edge}³ leave a third of the {room / 2**30:.1f} GiB of {name} free"
 

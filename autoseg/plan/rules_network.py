@@ -24,7 +24,7 @@ def choose_device(draft: Draft) -> Choice:
     gpus = draft.hardware.gpus
     if not gpus:
         return Choice("cpu", f"no GPU, {draft.hardware.cpu_threads} CPU threads", "hardware")
-    more = f"; the other {len(gpus) - 1} stay free: this version trains on one" if len(gpus) > 1 else ""
+    more = "; this version trains on one GPU: the others stay free" if len(gpus) > 1 else ""
     return Choice("cuda", f"{gpus[0].name} with {gpus[0].memory_bytes / GIB:.0f} GiB{more}", "hardware")
 
 
