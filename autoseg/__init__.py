@@ -14,7 +14,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      fingerprint.py · hardware.py · planner.py (the order of the rules) · draft.py
     │                      rules_data.py · rules_split.py · rules_sampling.py · rules_network.py
     │                      rules_machine.py · rules_training.py · evidence.py, rules_scores.py (of a run)
-    │                      resolution.py (groups of classes) · shipped.py
+    │                      resolution.py (groups of classes) · shipped.py · shrink.py (a smaller machine)
     │                      (each: value, because, source)
     ├── train/             DOING IT
     │                      turns.py (whose turn) · sources.py (a crop) · patches.py (batch of step s) · loader.py

@@ -7,6 +7,7 @@ from autoseg.plan.hardware import probe_hardware
 from autoseg.plan.planner import make_plan
 from autoseg.plan.resolution import resolution_groups
 from autoseg.plan.shipped import hardware_file, own_or_shipped
+from autoseg.plan.shrink import shrink
 
 __all__ = [
     "fingerprint",
@@ -17,4 +18,5 @@ __all__ = [
     "probe_hardware",
     "read_evidence",
     "resolution_groups",
+    "shrink",
 ]

@@ -17,7 +17,7 @@ from autoseg.schema import Gpu, Hardware
 PROBE_SECONDS = 0.4
 
 
-def probe_hardware() -> Hardware:
+def probe_hardware(*, measure_speed: bool = True) -> Hardware:
     """Return the local machine; threads by affinity and cgroup quota, RAM by cgroup, GPUs as CUDA reports them."""
     gpus = tuple(_gpu(i) for i in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     threads = usable_threads()
@@ -30,7 +30,7 @@ def probe_hardware() -> Hardware:
         cpu_bf16=bf16,
         ram_bytes=usable_ram_bytes(),
         shm_bytes=psutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
-        conv_gflops=measure_conv_gflops(torch.device("cuda" if gpus else "cpu"), threads),
+        conv_gflops=measure_conv_gflops(torch.device("cuda" if gpus else "cpu"), threads) if measure_speed else None,
     )
 
 

@@ -11,7 +11,7 @@ import msgspec
 from autoseg.errors import PlanError
 from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
 from autoseg.plan.draft import Choice, Draft
-from autoseg.schema import Loss, Network
+from autoseg.schema import Hardware, Loss, Network
 
 GIB = 2**30
 VRAM_SHARE = 0.85
@@ -19,6 +19,7 @@ RAM_SHARE = 0.6
 BASE_PROCESS_BYTES = int(0.7 * GIB)
 WORKER_BYTES = int(0.6 * GIB)
 BATCHES_IN_FLIGHT = 3
+MAX_WORKERS = 8
 MAX_BATCH = {True: 32, False: 4}
 MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
 # Share of a CPU step, its batch included, that the convolutions would take alone at the measured speed of one: the
@@ -61,9 +62,14 @@ def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
 
 def usable_bytes(draft: Draft) -> tuple[int, str]:
     """Return the bytes that a training step may take, and of what."""
-    if draft["device"] == "cpu":
-        return int(draft.hardware.ram_bytes * RAM_SHARE), "RAM"
-    gpu = draft.hardware.gpus[0]
+    return room_on(draft.hardware, draft["device"])
+
+
+def room_on(hardware: Hardware, device: str) -> tuple[int, str]:
+    """Return the bytes that a training step may take on that device of a machine, and of what."""
+    if device == "cpu":
+        return int(hardware.ram_bytes * RAM_SHARE), "RAM"
+    gpu = hardware.gpus[0]
     # asking a GPU what is free takes a context, which the memory of a step counts already
     held = max(0, gpu.memory_bytes - gpu.free_bytes - CUDA_CONTEXT_BYTES)
     others = f" beside the {held / GIB:.1f} GiB of other processes" if held else ""
@@ -93,11 +99,16 @@ def choose_num_workers(draft: Draft) -> Choice:
         )
     voxels = math.prod(draft["patch_size_zyx"]) * draft["batch_size"] * draft["accumulate_batches"]
     batch_bytes = 4 * voxels * (draft["input_slices"] + 1)
-    by_ram = int(draft.hardware.ram_bytes * RAM_SHARE / 2 // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes))
-    by_shm = int(draft.hardware.shm_bytes // (BATCHES_IN_FLIGHT * batch_bytes))
-    workers = max(0, min(8, draft.hardware.cpu_threads - 2, by_ram, by_shm))
-    because = f"{draft.hardware.cpu_threads} threads; RAM allows {by_ram}, /dev/shm {by_shm}"
+    workers, because = workers_on(draft.hardware, batch_bytes)
     return Choice(workers, because, "hardware")
+
+
+def workers_on(hardware: Hardware, batch_bytes: int) -> tuple[int, str]:
+    """Return how many loader processes a machine has room for beside a GPU, and why."""
+    by_ram = int(hardware.ram_bytes * RAM_SHARE / 2 // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes))
+    by_shm = int(hardware.shm_bytes // (BATCHES_IN_FLIGHT * batch_bytes))
+    workers = max(0, min(MAX_WORKERS, hardware.cpu_threads - 2, by_ram, by_shm))
+    return workers, f"{hardware.cpu_threads} threads; RAM allows {by_ram}, /dev/shm {by_shm}"
 
 
 def choose_memory(draft: Draft) -> Choice:

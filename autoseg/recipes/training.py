@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -13,7 +14,7 @@ from autoseg.data.em import measured_anew
 from autoseg.data.split import derive_split, split_crops
 from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.errors import PlanError
-from autoseg.plan import fingerprint
+from autoseg.plan import fingerprint, probe_hardware, shrink
 from autoseg.schema import Fingerprint, Observer, Outcome, Plan, Split, load_as, save, sha256
 from autoseg.train import train
 from autoseg.train.journal import adapt, adaptation
@@ -35,17 +36,38 @@ def train_on(
     cache = cache or default_cache()
     facts = fingerprint(data, cache)
     _check_classes(plan, facts, data)
-    split = plan.split
+    changes, events = _changes(plan, run, device, warn)
     if sha256(facts) != plan.fingerprint_sha256:
         warn(f"{data} is not the data that {plan.name} was planned for (its fingerprint differs)")
         split = _split_for(plan, facts, data, warn)
+        if split != plan.split:
+            changes["split"] = split
         _tell_measured(plan, facts, data, cache, warn)
-    remember = functools.partial(_remember, run, data, facts, split if split != plan.split else None)
-    return train(plan, data, run, split=split, device=device, cache=cache, observer=observer, claimed=remember)
+    used = msgspec.structs.replace(plan, **changes)
+    remember = functools.partial(_remember, run, data, facts, changes.get("split"), events)
+    return train(plan, data, run, used=used, device=device, cache=cache, observer=observer, claimed=remember)
 
 
-def _remember(run: Path, data: Path, facts: Fingerprint, split: Split | None) -> None:
-    """Write down, once, which DATA a run learns from, and its split if not the plan's; refuse other DATA later."""
+def _changes(plan: Plan, run: Path, device: str, warn: Warn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what differs from the plan on this machine: what the run wrote down, and what must shrink now."""
+    before = adaptation(run, "machine")
+    changes = dict(before["changes"]) if before else {}
+    more, because = shrink(msgspec.structs.replace(plan, **changes), probe_hardware(measure_speed=False), device)
+    if not more:
+        return changes, []
+    for line in because:
+        warn(f"this machine is smaller than the one planned for: {line}")
+    changes |= more
+    return changes, [{"event": "machine", "changes": changes, "because": because}]
+
+
+def _remember(run: Path, data: Path, facts: Fingerprint, split: Split | None, events: list[dict[str, Any]]) -> None:
+    """Write down, once, which DATA a run learns from, and its split if not the plan's; refuse other DATA later.
+
+    What a machine changes is written down whenever it changes anew.
+    """
+    for event in events:
+        adapt(run, event)
     before = run / "fingerprint.json"
     if before.exists():
         if sha256(load_as(before, Fingerprint)) != sha256(facts):

@@ -30,7 +30,6 @@ from autoseg.schema import (
     Observer,
     Outcome,
     Plan,
-    Split,
     StepResult,
     check_plan,
     load_as,
@@ -53,7 +52,7 @@ def train(
     data: Path,
     run: Path,
     *,
-    split: Split | None = None,
+    used: Plan | None = None,
     device: str = "auto",
     cache: Path | None = None,
     observer: Observer | None = None,
@@ -61,19 +60,20 @@ def train(
 ) -> Outcome:
     """Train the plan on DATA into RUN, or go on with it; PlanError or CheckpointError if RUN does not fit.
 
-    `split` replaces the plan's on other data; `claimed` is called once RUN holds this plan.
+    `used` is the plan as it runs here: with the split of other data, or shrunk to a smaller machine. `claimed` is
+    called once RUN holds this plan.
     """
     check_plan(plan, plan.name)
     dataset = open_dataset(data)
-    target = device_of(device, plan)
-    used = plan if split is None else msgspec.structs.replace(plan, split=split)
+    used = used or plan
+    target = device_of(device, used)
     check_data(used, dataset)
     source = StepDataset(used, data, cache or default_cache())
     source.first()
     _claim(plan, run)
     with only_process(run):
         claimed()
-        torch.set_num_threads(plan.num_threads)
+        torch.set_num_threads(used.num_threads)
         session = _Session(source, sha256(plan), dataset, run, target)
         with asked_to_stop() as asked:
             return session.go(observer or Observer(), asked)

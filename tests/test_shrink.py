@@ -1,0 +1,92 @@
+"""A plan on a smaller machine: what must shrink shrinks, is said and written down, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from autoseg.errors import PlanError
+from autoseg.model.memory import trace_step
+from autoseg.plan import make_plan, shipped, shrink
+from autoseg.recipes.training import train_on
+from autoseg.schema import Hardware, Plan, load_as, read_json_lines
+from autoseg.train import loop
+from tests.strategies import make_dataset
+from tests.test_planner import facts, gpu, machine, tiny_plan
+
+BIG = machine(gpu("A100", 40), threads=16, ram_gib=128, shm_gib=64)
+PLAN = make_plan("big", facts((64, 400, 400), (8.0, 8.0, 8.0)), BIG, {"batch_size": 4, "patch_size_zyx": (64, 64, 64)})
+GIB = 2**30
+
+
+def named(name: str) -> Hardware:
+    return load_as(shipped.hardware_file(name), Hardware)
+
+
+def test_on_its_own_machine_and_on_a_larger_one_nothing_changes() -> None:
+    assert shrink(PLAN, BIG, "auto") == ({}, [])
+    assert shrink(PLAN, machine(gpu("H100", 80), threads=64, ram_gib=512, shm_gib=64), "auto") == ({}, [])
+    eager = msgspec.structs.replace(PLAN, num_workers=15)
+    assert shrink(eager, BIG, "auto") == ({}, []), "workers that the user set on this machine are the user's"
+
+
+def test_a_smaller_gpu_gets_smaller_and_more_micro_batches() -> None:
+    cost = trace_step(PLAN.network, PLAN.input_slices, 2, PLAN.patch_size_zyx, PLAN.precision, PLAN.loss)
+    fits_two = cost.memory_bytes(2, "cuda") / 0.85 / GIB + 0.01
+    card = machine(gpu("small", fits_two), threads=16, ram_gib=128, shm_gib=64)
+    changes, because = shrink(PLAN, card, "auto")
+    assert changes == {"batch_size": 2, "accumulate_batches": 2 * PLAN.accumulate_batches}
+    assert because[0].startswith("batch_size 4 -> 2: 4 patches need ")
+    assert because[1].startswith("accumulate_batches ")
+    tiny = machine(gpu("tiny", 0.5), threads=16, ram_gib=128, shm_gib=64)
+    with pytest.raises(PlanError, match=r"one patch of .* needs .* plan for this machine: autoseg plan DATA"):
+        shrink(PLAN, tiny, "auto")
+
+
+def test_number_formats_follow_the_device() -> None:
+    assert PLAN.precision == "bf16"
+    assert shrink(PLAN, named("shenron"), "auto")[0]["precision"] == "fp16"
+    changes, because = shrink(PLAN, named("laptop"), "auto")
+    assert (changes["device"], changes["precision"]) == ("cpu", "fp32")
+    assert "device cuda -> cpu: laptop has no GPU" in because
+    native = machine(threads=16, bf16=True, ram_gib=128, shm_gib=64)
+    assert "precision" not in shrink(PLAN, native, "cpu")[0]
+
+
+def test_threads_and_workers_shrink_to_what_the_machine_has() -> None:
+    changes, _ = shrink(PLAN, machine(gpu("A100", 40), threads=3, ram_gib=128, shm_gib=64), "auto")
+    assert changes == {"num_threads": 3, "num_workers": 1}
+    no_shm, _ = shrink(PLAN, machine(gpu("A100", 40), threads=16, ram_gib=128, shm_gib=0), "auto")
+    assert no_shm == {"num_workers": 0}
+
+
+def test_a_plan_of_a_large_gpu_trains_on_this_machine_and_its_run_remembers_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_dataset(tmp_path / "data", crops=2)
+    changes: dict[str, Any] = {"batch_size": 2, "optimizer.num_steps": 4}
+    plan = tiny_plan(data, tmp_path / "cache", changes)
+    plan = msgspec.structs.replace(plan, device="cuda", precision="fp16", num_threads=64, num_workers=0, hardware=BIG)
+    used: list[Plan] = []
+    real = loop.train
+
+    def watched(planned: Plan, *rest: Any, **named: Any) -> Any:
+        used.append(named["used"])
+        return real(planned, *rest, **named)
+
+    monkeypatch.setattr("autoseg.recipes.training.train", watched)
+    said: list[str] = []
+    run = tmp_path / "run"
+    outcome = train_on(plan, data, run, cache=tmp_path / "cache", warn=said.append)
+    assert outcome.step == 4
+    assert load_as(run / "plan.json", Plan) == plan, "the plan of a run never changes"
+    (event,) = [line for line in read_json_lines(run / "adaptations.jsonl") if line["event"] == "machine"]
+    assert event["changes"]["device"] == "cpu"
+    assert event["changes"]["precision"] in ("fp32", "bf16")
+    assert any("device cuda -> cpu" in line for line in said)
+    train_on(plan, data, run, cache=tmp_path / "cache", warn=said.append)
+    assert used[0] == used[1], "what was adapted is adapted again on resume"
+    assert len([line for line in read_json_lines(run / "adaptations.jsonl") if line["event"] == "machine"]) == 1
