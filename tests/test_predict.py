@@ -275,6 +275,15 @@ def test_a_box_in_nm_is_cut_to_voxels_and_keeps_its_place(place: Path, trained: 
             cut_roi(whole, box)
 
 
+@pytest.mark.parametrize("first", [0, 4, 5])
+def test_a_box_of_n_voxels_lengths_holds_n_voxels_wherever_it_begins(first: int) -> None:
+    """Its ends lie half way between corners of voxels, where rounding to even would take one more or less."""
+    whole = Region("", Path("em"), Grid((20, 1024, 1024), (50.0, 4.6, 4.6), (0.0, 0.0, 0.0)))
+    cut = cut_roi(whole, [(50.0 * first, 50.0 * (first + 5)), (2355.2, 3532.8), (2355.2, 3532.8)])
+    assert cut.grid.shape_zyx == (5, 256, 256)
+    assert cut.grid.origin_nm == pytest.approx((50.0 * first, 2355.2, 2355.2))
+
+
 @pytest.mark.parametrize("ending", [".tif", ".h5"])
 @pytest.mark.parametrize("source", [".tif", ".h5"])
 def test_a_file_goes_in_and_a_file_of_the_same_shape_comes_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from autoseg.data.dataset import Dataset
 from autoseg.data.formats import open_volume
 from autoseg.data.writer import write_em
 from autoseg.errors import DataError
-from autoseg.geometry import Box, Grid, NmZYX
+from autoseg.geometry import HAIR, Box, Grid, NmZYX
 from autoseg.schema import Plan, Split
 
 
@@ -101,15 +102,18 @@ def files_of(spec: str) -> list[Path]:
 
 
 def cut_roi(region: Region, roi_nm: Sequence[tuple[float, float]]) -> Region:
-    """Return the part of the region inside the box given as (start, stop) in nm for z, y, x."""
+    """Return the part of the region inside the box given as (start, stop) in nm for z, y, x.
+
+    A voxel belongs to it whose centre is not below start, and below stop: a box of n voxels' lengths holds n.
+    """
     start, stop = [], []
     for (low, high), corner, v, n in zip(
         roi_nm, region.grid.corner_nm, region.grid.voxel_size_nm, region.grid.shape_zyx, strict=True
     ):
         if not low < high:
             raise DataError("--roi-nm", f"{low:g}:{high:g}", "write start:stop with start below stop")
-        start.append(min(max(round((low - corner) / v), 0), n))
-        stop.append(min(max(round((high - corner) / v), 0), n))
+        start.append(min(max(math.ceil((low - corner) / v - 0.5 - HAIR), 0), n))
+        stop.append(min(max(math.ceil((high - corner) / v - 0.5 - HAIR), 0), n))
     box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
     if box.num_voxels == 0:
         extent = " ".join(f"{c:g}:{c + e:g}" for c, e in zip(region.grid.corner_nm, region.grid.extent_nm, strict=True))
