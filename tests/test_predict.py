@@ -498,6 +498,37 @@ def test_a_volume_in_a_zarr_is_found_by_its_container_or_its_group(
     by_container = file_region(trained.plan, str(place / "data/demo/demo.zarr"), tmp_path)
     assert by_group == by_container
     (tmp_path / "empty.zarr").mkdir()
-    with pytest.raises(DataError, match="no multiscale group"):
+    with pytest.raises(DataError, match=r"empty\.zarr: holds no OME-Zarr image: .*: pass the folder of one, such as"):
         file_region(trained.plan, str(tmp_path / "empty.zarr"), tmp_path)
     assert msgspec.structs.asdict(trained.plan)["name"] == "tiny"
+
+
+def test_a_zarr_that_is_no_image_is_told_what_it_lacks(place: Path, trained: Trained, tmp_path: Path) -> None:
+    def fault(folder: Path) -> str:
+        with pytest.raises(DataError) as caught:
+            file_region(trained.plan, str(folder), tmp_path)
+        return str(caught.value)
+
+    group = em_path(place / "data", "demo")
+    assert fault(group / "s0") == f"{group}/s0: is one resolution of an image: pass the folder around it: {group}"
+    bare = Path(shutil.copytree(group / "s0", tmp_path / "bare.zarr/raw"))
+    assert "bare.zarr: holds voxels, but not how large they are" in fault(bare.parent)
+    for junk in (bare, bare.parent):
+        (junk / ".zarray").write_text("{junk")
+        assert fault(junk).startswith(f"{junk}/.zarray: is not readable JSON")
+    twins = tmp_path / "twins.zarr"
+    for name in ("a", "b"):
+        shutil.copytree(group, twins / name)
+    assert fault(twins) == f"{twins}: holds 2 images: a, b: pass one of them, such as {twins}/a"
+
+
+def test_the_only_image_of_a_zarr_of_format_3_is_found(trained: Trained, tmp_path: Path) -> None:
+    group = write_multiscale(
+        tmp_path / "v3.zarr/raw", [(Grid((2, 8, 8), (40.0, 8.0, 8.0), (0.0, 0.0, 0.0)), np.ones((2, 8, 8), np.uint8))]
+    )
+    attributes = json.loads((group / ".zattrs").read_text())
+    (group / ".zattrs").unlink()
+    (group / "zarr.json").write_text(
+        json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"ome": attributes}})
+    )
+    assert file_region(trained.plan, str(tmp_path / "v3.zarr"), tmp_path).em == group

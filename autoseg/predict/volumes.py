@@ -128,12 +128,32 @@ def _is_multiscale(path: Path) -> bool:
 
 def _find_multiscale(path: Path) -> Path:
     """Return the only EM group below a zarr container, so that `--volume x.zarr` works."""
-    found = sorted({p.parent for p in path.glob("recon-*/em/*/.zattrs")} | {p.parent for p in path.glob("*/.zattrs")})
-    found = [group for group in found if _is_multiscale(group)]
-    if len(found) != 1:
-        names = ", ".join(str(p.relative_to(path)) for p in found[:5]) or "no multiscale group"
-        raise DataError(path, f"holds {names}", "pass the path of one multiscale group")
+    below = (f"{folder}/{file}" for folder in ("recon-*/em/*", "*") for file in (".zattrs", "zarr.json"))
+    found = [
+        group for group in sorted({p.parent for pattern in below for p in path.glob(pattern)}) if _is_multiscale(group)
+    ]
+    if not found:
+        raise _no_image(path)
+    if len(found) > 1:
+        names = ", ".join(str(p.relative_to(path)) for p in found[:5])
+        raise DataError(path, f"holds {len(found)} images: {names}", f"pass one of them, such as {found[0]}")
     return found[0]
+
+
+def _no_image(path: Path) -> DataError:
+    """Return what keeps a folder from being an OME-Zarr image; raise the fault of its arrays if they have one."""
+    arrays = [file.parent for pattern in (".zarray", "*/.zarray") for file in sorted(path.glob(pattern))]
+    for array in arrays:
+        store.read_layout(array)
+    if path in arrays and _is_multiscale(path.parent):
+        return DataError(path, "is one resolution of an image", f"pass the folder around it: {path.parent}")
+    if arrays:
+        what = "holds voxels, but not how large they are (no OME-Zarr metadata: `multiscales` in .zattrs)"
+        return DataError(path, what, "save it as OME-Zarr, or as TIFF or HDF5 and pass --voxel-size-nm")
+    what = "holds no OME-Zarr image: a folder with .zattrs and, in s0, s1, ..., the voxels"
+    return DataError(
+        path, what, "pass the folder of one, such as x.zarr/recon-1/em/fibsem-uint8, or a TIFF or HDF5 file"
+    )
 
 
 def _identity(spec: str, voxel_size_nm: NmZYX) -> str:
