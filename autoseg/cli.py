@@ -6,11 +6,17 @@ Nothing heavy is imported before a command runs, so that `autoseg --help` answer
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import shtab
@@ -20,6 +26,7 @@ from autoseg import __version__
 from autoseg.errors import AutosegError
 
 EXIT_OK, EXIT_USER, EXIT_STOPPED = 0, 2, 143
+SIGNAL_ECHO_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,11 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return EXIT_OK
-    from autoseg import commands
-
     try:
-        code: int = getattr(commands, f"run_{options.command}")(options)
-        return code
+        with _sigterm_as_ctrl_c():
+            from autoseg import commands
+
+            code: int = getattr(commands, f"run_{options.command}")(options)
+            return code
     except AutosegError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return EXIT_USER
@@ -47,6 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("autoseg: interrupted: run the same command to go on", file=sys.stderr)
         return EXIT_STOPPED
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM interrupt as Ctrl-C does, so that what cleans up after one does after the other.
+
+    Some send it twice in a row, such as timeout(1): the second must not interrupt the cleaning up.
+    """
+    last_s = -math.inf
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        nonlocal last_s
+        again, last_s = time.monotonic() - last_s < SIGNAL_ECHO_S, time.monotonic()
+        if not again:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class _Once(argparse.Action):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,11 +26,12 @@ from test_planner import cheap_trace, tiny_plan
 from autoseg import __version__
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
-from autoseg.commands import showing
+from autoseg.commands import running, showing
 from autoseg.data.dataset import open_dataset
 from autoseg.data.store import ArrayReader, ChunkCache, open_multiscale
 from autoseg.errors import DataError, PlanError
 from autoseg.geometry import Box
+from autoseg.model import windows
 from autoseg.plan import hardware, rules_machine
 from autoseg.predict import blocks, export
 from autoseg.recipes.training import train_on
@@ -452,6 +454,47 @@ def test_the_copy_of_a_file_is_gone_after_success_failure_and_a_stop_and_the_sam
     shutil.rmtree(tmp_path / "xdg")
     again = call(*command)
     assert again == (0 if ending == "zarr" else 2), "a zarr is checked and left, a file is not replaced"
+
+
+def test_sigterm_stops_a_prediction_cleanly_and_the_same_command_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(windows, "BLOCK_BYTES", 1)
+    command = ["predict", "--run", place / "run", "--volume", place / "em.tif", "--out", tmp_path / "o.tif"]
+    genuine, drop, written = blocks._RegionWriter.write, running.drop_copy, list[Box]()
+    is_first_run = True
+
+    def write(self: Any, block: Box) -> str:
+        if is_first_run and written:
+            os.kill(os.getpid(), signal.SIGTERM)
+        written.append(block)
+        return genuine(self, block)
+
+    def drop_though_told_again(region: Any) -> None:
+        if is_first_run:
+            os.kill(os.getpid(), signal.SIGTERM)  # timeout(1) sends it to the process and to its group
+        drop(region)
+
+    def survive(*_: object) -> None:
+        raise AssertionError("the handler of the command was not there")
+
+    monkeypatch.setattr(blocks._RegionWriter, "write", write)
+    monkeypatch.setattr(running, "drop_copy", drop_though_told_again)
+    before = signal.signal(signal.SIGTERM, survive)
+    try:
+        assert call(*command) == 143
+        assert signal.getsignal(signal.SIGTERM) is survive, "what was there before is there again"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    err = capsys.readouterr().err
+    assert err.endswith("autoseg: interrupted: run the same command to go on\n")
+    assert f"what is done so far is kept in {tmp_path / '.o.tif.zarr'}" in " ".join(err.split())
+    assert list((tmp_path / "xdg/autoseg/em").iterdir()) == []
+    (first,), is_first_run = written, False
+    assert call(*command) == 0
+    assert written.count(first) == 1, "what is done is kept"
+    assert len(written) > 1
+    assert not (tmp_path / ".o.tif.zarr").exists()
 
 
 def test_a_stop_between_two_files_of_an_export_does_not_lock_the_command_out(

@@ -85,6 +85,10 @@ def run_predict(options: argparse.Namespace) -> int:
     regions = _regions(options, trained)
     try:
         _predict_into(zarr, trained, regions, options, console)
+    except KeyboardInterrupt:
+        if zarr.exists():
+            console.print(f"what is done so far is kept in {zarr}")
+        raise
     finally:
         for region in regions:
             drop_copy(region)
