@@ -273,6 +273,12 @@ def _predict(commands: _Commands) -> None:
     source.add_argument("--volume", metavar="ZARR, TIFF or HDF5[:key]")
     parser.add_argument("--crops", default=None, metavar="validate, all or N,N", help="with --data (default: all)")
     parser.add_argument("--out", required=True, type=Path, metavar="OUT.zarr, .tif or .h5")
+    parser.add_argument(
+        "--voxel-size-nm",
+        nargs=3,
+        metavar=("Z", "Y", "X"),
+        help="of a file, not of a zarr (default: what it declares, else that of the EM the run learnt from)",
+    )
     parser.add_argument("--roi-nm", nargs=3, metavar=("Z0:Z1", "Y0:Y1", "X0:X1"))
     parser.add_argument("--probabilities", action="store_true", help="also write probabilities (255 is 1)")
     parser.add_argument("--checkpoint", default="best", metavar="last, best or PATH")

@@ -158,6 +158,7 @@ def test_shell_completion_is_printed(capsys: pytest.CaptureFixture[str]) -> None
 
 IMPORT = ("import", "{new}/data", "--name", "v", "--em", "{old}/em.tif")
 SIZE = ("--voxel-size-nm", "40", "8", "8")
+PREDICT = ("predict", "--run", "{old}/run")
 LABELS = ("--labels", "{old}/labels.tif", "--values")
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "import-missing-file": ((*IMPORT[:5], "{old}/none.tif", *SIZE), r"none\.tif: .*"),
@@ -263,6 +264,22 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
             "0:9",
         ),
         r"--roi-nm: '0' is not start:stop",
+    ),
+    "predict-voxel-size-word": (
+        (*PREDICT, "--volume", "{old}/em.tif", "--out", "{new}/o.tif", "--voxel-size-nm", "40", "x", "8"),
+        r"--voxel-size-nm: 'x' is not a number: give three positive numbers",
+    ),
+    "predict-voxel-size-zero": (
+        (*PREDICT, "--volume", "{old}/em.tif", "--out", "{new}/o.tif", "--voxel-size-nm", "40", "0", "8"),
+        r"--voxel-size-nm: 40 0 8: give three positive numbers",
+    ),
+    "predict-voxel-size-of-data": (
+        (*PREDICT, "--data", "{old}/data", "--out", "{new}/o.zarr", *SIZE),
+        r"--voxel-size-nm: belongs to --volume FILE: leave it out",
+    ),
+    "predict-voxel-size-of-a-zarr": (
+        (*PREDICT, "--volume", "{old}/data/demo/demo.zarr", "--out", "{new}/o.tif", *SIZE),
+        r"--voxel-size-nm: .*demo\.zarr is a zarr, which says its own: correct its \.zattrs",
     ),
     "predict-checkpoint": (
         (
@@ -531,6 +548,37 @@ def test_predict_says_where_grey_values_are_not_the_plans(
         assert call("predict", "--run", place / "run", "--volume", volume, "--out", out) == 0
         said = f"{volume}: no EM that the plan measured, so its own grey values are used" in capsys.readouterr().err
         assert said != known, volume
+
+
+def test_predict_says_where_a_voxel_size_is_from_and_takes_a_corrected_one(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    em = tifffile.imread(place / "em.tif")
+    for size in (8.0, 8.07, 16.0):
+        sizes = {f"PhysicalSize{axis}": v for axis, v in zip("ZYX", (40.0, size, size), strict=True)}
+        units = {f"PhysicalSize{axis}Unit": "nm" for axis in "ZYX"}
+        tifffile.imwrite(tmp_path / f"em{size:g}.ome.tif", em, metadata={"axes": "ZYX", **sizes, **units})
+
+    def said(volume: Path, *more: str) -> str:
+        out = tmp_path / "o.zarr"
+        assert call("predict", "--run", place / "run", "--volume", volume, "--out", out, *more) == 0
+        (grid,) = {open_multiscale(path.parent).levels[0].grid for path in out.glob("*/s0")}
+        shutil.rmtree(out)
+        voxels = " x ".join(f"{v:g}" for v in grid.voxel_size_nm)
+        err = " ".join(capsys.readouterr().err.split())
+        assert f"EM of {voxels} nm" in err
+        note = re.search(r"note: (.*) EM of [\d. x]+ nm(?: as planned|, resampled)", err)
+        return f"{voxels}: {note[1].replace(f'{volume}', volume.name) if note else ''}"
+
+    corrected = ("--voxel-size-nm", "40", "8", "8")
+    plain, good, near, wrong = place / "em.tif", *(tmp_path / f"em{v}.ome.tif" for v in ("8", "8.07", "16"))
+    assert said(plain) == "40 x 8 x 8: em.tif declares no voxel size: 40 x 8 x 8 nm assumed, as in training"
+    assert said(plain, *corrected) == said(good) == said(good, *corrected) == "40 x 8 x 8: "
+    assert said(plain, "--voxel-size-nm", "40", "16", "16") == "40 x 16 x 16: "
+    assert said(near) == "40 x 8.07 x 8.07: "
+    learnt = "the run learnt from EM of 40 x 8 x 8 nm: pass --voxel-size-nm if the file is wrong"
+    assert said(wrong) == f"40 x 16 x 16: em16.ome.tif declares 40 x 16 x 16 nm, {learnt}"
+    assert said(wrong, *corrected) == "40 x 8 x 8: em16.ome.tif declares 40 x 16 x 16 nm; --voxel-size-nm was taken"
 
 
 def test_quiet_prints_results_only(

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from autoseg.arguments import to_interval, to_seconds
+from autoseg.arguments import to_interval, to_seconds, to_voxel_size
 from autoseg.commands.showing import EXIT_OK, EXIT_STOPPED, cache_of, consoles, print_json, tell_cache
 from autoseg.data.dataset import open_dataset
 from autoseg.data.em import measured_anew
@@ -105,6 +105,8 @@ def run_predict(options: argparse.Namespace) -> int:
 def _regions(options: argparse.Namespace, trained: Trained) -> list[Region]:
     """Return what the user asked to label; the copy of a file is the caller's to drop."""
     if options.data:
+        if options.voxel_size_nm:
+            raise DataError("--voxel-size-nm", "belongs to --volume FILE", "leave it out: DATA says its own")
         if zarr_of(options.out) != options.out or options.roi_nm:
             raise DataError(options.out, "crops of DATA go into one zarr, whole", "write to .zarr, or use --volume")
         dataset = open_dataset(options.data)
@@ -116,7 +118,8 @@ def _regions(options: argparse.Namespace, trained: Trained) -> list[Region]:
     if options.crops:
         raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
     box = [to_interval(text) for text in options.roi_nm or ()]
-    region = file_region(trained.plan, options.volume, cache_of(options) / "em")
+    size = to_voxel_size(options.voxel_size_nm) if options.voxel_size_nm else None
+    region = file_region(trained.plan, options.volume, cache_of(options) / "em", size)
     try:
         return [cut_roi(region, box) if box else region]
     except DataError:
@@ -128,6 +131,8 @@ def _predict_into(
     zarr: Path, trained: Trained, regions: list[Region], options: argparse.Namespace, console: Console
 ) -> None:
     """Fill the zarr, and make the TIFF or HDF5 file of it that was asked for."""
+    for remark in filter(None, (region.remark for region in regions)):
+        console.print(f"note: {remark}")
     for size in {region.grid.voxel_size_nm for region in regions}:
         same = " as planned" if size == trained.plan.voxel_size_nm else f", resampled to {_nm(trained.plan)} and back"
         console.print(f"EM of {' x '.join(f'{v:g}' for v in size)} nm{same}")

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from autoseg.data import store
+from autoseg.data.convert import VOXEL_SIZE_TOLERANCE
 from autoseg.data.dataset import Dataset
-from autoseg.data.formats import open_volume
+from autoseg.data.formats import Volume, open_volume
 from autoseg.data.writer import write_em
 from autoseg.errors import DataError
 from autoseg.geometry import HAIR, Box, Grid, NmZYX
@@ -24,12 +27,14 @@ class Region(NamedTuple):
     """A box of one EM volume to predict; `name` is the folder of its labels in the output, "" for a volume.
 
     `copy_of` says which state of which file `em` is a scratch copy of; None if `em` is the user's own.
+    `remark`: where its voxel size is from, if the user should know.
     """
 
     name: str
     em: Path
     grid: Grid
     copy_of: str | None = None
+    remark: str = ""
 
 
 def crop_regions(split: Split, dataset: Dataset, which: str) -> list[Region]:
@@ -66,26 +71,48 @@ def volume_regions(dataset: Dataset) -> list[Region]:
     return found
 
 
-def file_region(plan: Plan, spec: str, scratch: Path) -> Region:
+def file_region(plan: Plan, spec: str, scratch: Path, voxel_size_nm: NmZYX | None = None) -> Region:
     """Return the EM of a zarr group, or of a TIFF, HDF5, NIfTI, npy or PNG file copied into `scratch` first.
 
-    A file that declares no voxel size is taken to have that of the EM the plan was made for. The copy belongs to
+    `voxel_size_nm` is for a file that declares a wrong one; without it, a file that declares none is taken to have
+    that of the EM the plan was made for. The copy belongs to
     the caller alone, who removes it when done (`drop_copy`): it is cheap to make again beside the prediction.
     """
     path = Path(spec)
     if path.is_dir():
+        if voxel_size_nm:
+            raise DataError("--voxel-size-nm", f"{spec} is a zarr, which says its own", "correct its .zattrs instead")
         group = path if _is_multiscale(path) else _find_multiscale(path)
         return Region("", group, store.open_multiscale(group).levels[0].grid)
     with open_volume(spec) as volume:
-        voxel_size = volume.voxel_size_nm or plan.em_voxel_size_nm
+        voxel_size = voxel_size_nm or volume.voxel_size_nm or plan.em_voxel_size_nm
+        remark = _size_remark(volume, voxel_size_nm, plan.em_voxel_size_nm)
         scratch.mkdir(parents=True, exist_ok=True)
         copy = Path(tempfile.mkdtemp(prefix="em-", dir=scratch))
         try:
             write_em(volume, copy, voxel_size)
-            return Region("", copy, store.open_multiscale(copy).levels[0].grid, _identity(spec, voxel_size))
+            grid = store.open_multiscale(copy).levels[0].grid
+            return Region("", copy, grid, _identity(spec, voxel_size), remark)
         except BaseException:
             shutil.rmtree(copy, ignore_errors=True)
             raise
+
+
+def _size_remark(volume: Volume, given_nm: NmZYX | None, learnt_nm: NmZYX) -> str:
+    """Return what the user should know about the voxel size of a file, "" if it is as expected."""
+    declared, name = volume.voxel_size_nm, volume.name
+    if declared is None:
+        return "" if given_nm else f"{name} declares no voxel size: {_nm(learnt_nm)} assumed, as in training"
+    if np.allclose(declared, given_nm or learnt_nm, rtol=VOXEL_SIZE_TOLERANCE):
+        return ""
+    if given_nm:
+        return f"{name} declares {_nm(declared)}; --voxel-size-nm was taken"
+    learnt = f"the run learnt from EM of {_nm(learnt_nm)}"
+    return f"{name} declares {_nm(declared)}, {learnt}: pass --voxel-size-nm if the file is wrong"
+
+
+def _nm(size_nm: NmZYX) -> str:
+    return " x ".join(f"{v:g}" for v in size_nm) + " nm"
 
 
 def drop_copy(region: Region) -> None:
