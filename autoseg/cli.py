@@ -272,7 +272,14 @@ def _predict(commands: _Commands) -> None:
     source.add_argument("--data", type=Path, metavar="DATA")
     source.add_argument("--volume", metavar="ZARR, TIFF or HDF5[:key]")
     parser.add_argument("--crops", default=None, metavar="validate, all or N,N", help="with --data (default: all)")
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT.zarr, .tif or .h5")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="OUT.zarr, .tif or .h5",
+        help="zarr: a mask for each class; tif: one map of labels, where several classes are called a part shows "
+        "before what it is part of, else the more probable; h5: both",
+    )
     parser.add_argument(
         "--voxel-size-nm",
         nargs=3,

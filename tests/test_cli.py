@@ -514,6 +514,30 @@ def test_sigterm_stops_a_prediction_cleanly_and_the_same_command_goes_on(
     assert not (tmp_path / ".o.tif.zarr").exists()
 
 
+@pytest.mark.parametrize("ending", ["tif", "h5"])
+def test_what_a_label_map_means_and_covers_is_printed(
+    place: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every class is called everywhere, the last with the highest probability: the map shows that alone."""
+    names = load_as(place / "plan.json", Plan).class_names
+
+    def probability(_: object, block: Box) -> Any:
+        rising = np.linspace(0.9, 0.99, len(names), dtype=np.float32)
+        return np.broadcast_to(rising[:, None, None, None], (len(names), *block.shape_zyx))
+
+    monkeypatch.setattr(blocks._RegionWriter, "_probability", probability)
+    out = tmp_path / f"o.{ending}"
+    assert call("predict", "--run", place / "run", "--volume", place / "em.tif", "--out", out, "--quiet") == 0
+    first, *covered, wrote = capsys.readouterr().out.splitlines()
+    numbers = ", ".join(f"{k} {name}" for k, name in enumerate(names, start=1))
+    rule = "where several are called, a part shows before what it is part of, else the more probable"
+    assert first == f"values of the label map: 0 none, {numbers}; {rule}"
+    assert covered == [f"{name}: 2,048 voxels, all covered by {names[-1]}" for name in names[:-1]]
+    assert wrote.startswith(f"wrote {out}")
+    left = {path.name for path in tmp_path.iterdir()} - {"xdg"}
+    assert left == {out.name}, "probabilities decide, and are not written unasked"
+
+
 def test_a_stop_between_two_files_of_an_export_does_not_lock_the_command_out(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
