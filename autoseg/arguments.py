@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 
 from autoseg.errors import DataError, PlanError
+from autoseg.geometry import NmZYX
 
 SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -23,6 +26,14 @@ def to_number(flag: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise DataError(flag, f"{text!r} is not a number", "give three positive numbers, in nm, order z y x") from None
+
+
+def to_voxel_size(texts: Sequence[str]) -> NmZYX:
+    """Return the voxel size in nm of three texts."""
+    z, y, x = (to_number("--voxel-size-nm", text) for text in texts)
+    if not all(math.isfinite(v) and v > 0 for v in (z, y, x)):
+        raise DataError("--voxel-size-nm", " ".join(texts), "give three positive numbers, in nm, order z y x")
+    return z, y, x
 
 
 def to_pair(flag: str, text: str) -> tuple[str, str]:

@@ -6,11 +6,17 @@ Nothing heavy is imported before a command runs, so that `autoseg --help` answer
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import shtab
@@ -20,6 +26,7 @@ from autoseg import __version__
 from autoseg.errors import AutosegError
 
 EXIT_OK, EXIT_USER, EXIT_STOPPED = 0, 2, 143
+SIGNAL_ECHO_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,11 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return EXIT_OK
-    from autoseg import commands
-
     try:
-        code: int = getattr(commands, f"run_{options.command}")(options)
-        return code
+        with _sigterm_as_ctrl_c():
+            from autoseg import commands
+
+            code: int = getattr(commands, f"run_{options.command}")(options)
+            return code
     except AutosegError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return EXIT_USER
@@ -47,6 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("autoseg: interrupted: run the same command to go on", file=sys.stderr)
         return EXIT_STOPPED
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM interrupt as Ctrl-C does, so that what cleans up after one does after the other.
+
+    Some send it twice in a row, such as timeout(1): the second must not interrupt the cleaning up.
+    """
+    last_s = -math.inf
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        nonlocal last_s
+        again, last_s = time.monotonic() - last_s < SIGNAL_ECHO_S, time.monotonic()
+        if not again:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class _Once(argparse.Action):
@@ -240,7 +272,20 @@ def _predict(commands: _Commands) -> None:
     source.add_argument("--data", type=Path, metavar="DATA")
     source.add_argument("--volume", metavar="ZARR, TIFF or HDF5[:key]")
     parser.add_argument("--crops", default=None, metavar="validate, all or N,N", help="with --data (default: all)")
-    parser.add_argument("--out", required=True, type=Path, metavar="OUT.zarr, .tif or .h5")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="OUT.zarr, .tif or .h5",
+        help="zarr: a mask for each class; tif: one map of labels, where several classes are called a part shows "
+        "before what it is part of, else the more probable; h5: both",
+    )
+    parser.add_argument(
+        "--voxel-size-nm",
+        nargs=3,
+        metavar=("Z", "Y", "X"),
+        help="of a file, not of a zarr (default: what it declares, else that of the EM the run learnt from)",
+    )
     parser.add_argument("--roi-nm", nargs=3, metavar=("Z0:Z1", "Y0:Y1", "X0:X1"))
     parser.add_argument("--probabilities", action="store_true", help="also write probabilities (255 is 1)")
     parser.add_argument("--checkpoint", default="best", metavar="last, best or PATH")

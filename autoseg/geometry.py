@@ -21,6 +21,7 @@ from typing import NamedTuple
 VoxelsZYX = tuple[int, int, int]
 NmZYX = tuple[float, float, float]
 ALIKE_WITHIN = 0.05
+HAIR = 1e-6  # of a voxel: less is no part of it
 
 
 def alike(*sizes_nm: float) -> bool:
@@ -139,8 +140,8 @@ class Grid(NamedTuple):
         """Return the smallest box of this grid that covers `other`; it may reach outside this grid."""
         start, stop = [], []
         for c, e, corner, v in zip(other.corner_nm, other.extent_nm, self.corner_nm, self.voxel_size_nm, strict=True):
-            start.append(math.floor((c - corner) / v + 1e-6))
-            stop.append(math.ceil((c + e - corner) / v - 1e-6))
+            start.append(math.floor((c - corner) / v + HAIR))
+            stop.append(math.ceil((c + e - corner) / v - HAIR))
         return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,11 +26,12 @@ from test_planner import cheap_trace, tiny_plan
 from autoseg import __version__
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
-from autoseg.commands import showing
+from autoseg.commands import running, showing
 from autoseg.data.dataset import open_dataset
 from autoseg.data.store import ArrayReader, ChunkCache, open_multiscale
 from autoseg.errors import DataError, PlanError
 from autoseg.geometry import Box
+from autoseg.model import windows
 from autoseg.plan import hardware, rules_machine
 from autoseg.predict import blocks, export
 from autoseg.recipes.training import train_on
@@ -156,6 +158,7 @@ def test_shell_completion_is_printed(capsys: pytest.CaptureFixture[str]) -> None
 
 IMPORT = ("import", "{new}/data", "--name", "v", "--em", "{old}/em.tif")
 SIZE = ("--voxel-size-nm", "40", "8", "8")
+PREDICT = ("predict", "--run", "{old}/run")
 LABELS = ("--labels", "{old}/labels.tif", "--values")
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "import-missing-file": ((*IMPORT[:5], "{old}/none.tif", *SIZE), r"none\.tif: .*"),
@@ -261,6 +264,22 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
             "0:9",
         ),
         r"--roi-nm: '0' is not start:stop",
+    ),
+    "predict-voxel-size-word": (
+        (*PREDICT, "--volume", "{old}/em.tif", "--out", "{new}/o.tif", "--voxel-size-nm", "40", "x", "8"),
+        r"--voxel-size-nm: 'x' is not a number: give three positive numbers",
+    ),
+    "predict-voxel-size-zero": (
+        (*PREDICT, "--volume", "{old}/em.tif", "--out", "{new}/o.tif", "--voxel-size-nm", "40", "0", "8"),
+        r"--voxel-size-nm: 40 0 8: give three positive numbers",
+    ),
+    "predict-voxel-size-of-data": (
+        (*PREDICT, "--data", "{old}/data", "--out", "{new}/o.zarr", *SIZE),
+        r"--voxel-size-nm: belongs to --volume FILE: leave it out",
+    ),
+    "predict-voxel-size-of-a-zarr": (
+        (*PREDICT, "--volume", "{old}/data/demo/demo.zarr", "--out", "{new}/o.tif", *SIZE),
+        r"--voxel-size-nm: .*demo\.zarr is a zarr, which says its own: correct its \.zattrs",
     ),
     "predict-checkpoint": (
         (
@@ -454,6 +473,71 @@ def test_the_copy_of_a_file_is_gone_after_success_failure_and_a_stop_and_the_sam
     assert again == (0 if ending == "zarr" else 2), "a zarr is checked and left, a file is not replaced"
 
 
+def test_sigterm_stops_a_prediction_cleanly_and_the_same_command_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(windows, "BLOCK_BYTES", 1)
+    command = ["predict", "--run", place / "run", "--volume", place / "em.tif", "--out", tmp_path / "o.tif"]
+    genuine, drop, written = blocks._RegionWriter.write, running.drop_copy, list[Box]()
+    is_first_run = True
+
+    def write(self: Any, block: Box) -> str:
+        if is_first_run and written:
+            os.kill(os.getpid(), signal.SIGTERM)
+        written.append(block)
+        return genuine(self, block)
+
+    def drop_though_told_again(region: Any) -> None:
+        if is_first_run:
+            os.kill(os.getpid(), signal.SIGTERM)  # timeout(1) sends it to the process and to its group
+        drop(region)
+
+    def survive(*_: object) -> None:
+        raise AssertionError("the handler of the command was not there")
+
+    monkeypatch.setattr(blocks._RegionWriter, "write", write)
+    monkeypatch.setattr(running, "drop_copy", drop_though_told_again)
+    before = signal.signal(signal.SIGTERM, survive)
+    try:
+        assert call(*command) == 143
+        assert signal.getsignal(signal.SIGTERM) is survive, "what was there before is there again"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    err = capsys.readouterr().err
+    assert err.endswith("autoseg: interrupted: run the same command to go on\n")
+    assert f"what is done so far is kept in {tmp_path / '.o.tif.zarr'}" in " ".join(err.split())
+    assert list((tmp_path / "xdg/autoseg/em").iterdir()) == []
+    (first,), is_first_run = written, False
+    assert call(*command) == 0
+    assert written.count(first) == 1, "what is done is kept"
+    assert len(written) > 1
+    assert not (tmp_path / ".o.tif.zarr").exists()
+
+
+@pytest.mark.parametrize("ending", ["tif", "h5"])
+def test_what_a_label_map_means_and_covers_is_printed(
+    place: Path, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every class is called everywhere, the last with the highest probability: the map shows that alone."""
+    names = load_as(place / "plan.json", Plan).class_names
+
+    def probability(_: object, block: Box) -> Any:
+        rising = np.linspace(0.9, 0.99, len(names), dtype=np.float32)
+        return np.broadcast_to(rising[:, None, None, None], (len(names), *block.shape_zyx))
+
+    monkeypatch.setattr(blocks._RegionWriter, "_probability", probability)
+    out = tmp_path / f"o.{ending}"
+    assert call("predict", "--run", place / "run", "--volume", place / "em.tif", "--out", out, "--quiet") == 0
+    first, *covered, wrote = capsys.readouterr().out.splitlines()
+    numbers = ", ".join(f"{k} {name}" for k, name in enumerate(names, start=1))
+    rule = "where several are called, a part shows before what it is part of, else the more probable"
+    assert first == f"values of the label map: 0 none, {numbers}; {rule}"
+    assert covered == [f"{name}: 2,048 voxels, all covered by {names[-1]}" for name in names[:-1]]
+    assert wrote.startswith(f"wrote {out}")
+    left = {path.name for path in tmp_path.iterdir()} - {"xdg"}
+    assert left == {out.name}, "probabilities decide, and are not written unasked"
+
+
 def test_a_stop_between_two_files_of_an_export_does_not_lock_the_command_out(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,6 +572,37 @@ def test_predict_says_where_grey_values_are_not_the_plans(
         assert call("predict", "--run", place / "run", "--volume", volume, "--out", out) == 0
         said = f"{volume}: no EM that the plan measured, so its own grey values are used" in capsys.readouterr().err
         assert said != known, volume
+
+
+def test_predict_says_where_a_voxel_size_is_from_and_takes_a_corrected_one(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    em = tifffile.imread(place / "em.tif")
+    for size in (8.0, 8.07, 16.0):
+        sizes = {f"PhysicalSize{axis}": v for axis, v in zip("ZYX", (40.0, size, size), strict=True)}
+        units = {f"PhysicalSize{axis}Unit": "nm" for axis in "ZYX"}
+        tifffile.imwrite(tmp_path / f"em{size:g}.ome.tif", em, metadata={"axes": "ZYX", **sizes, **units})
+
+    def said(volume: Path, *more: str) -> str:
+        out = tmp_path / "o.zarr"
+        assert call("predict", "--run", place / "run", "--volume", volume, "--out", out, *more) == 0
+        (grid,) = {open_multiscale(path.parent).levels[0].grid for path in out.glob("*/s0")}
+        shutil.rmtree(out)
+        voxels = " x ".join(f"{v:g}" for v in grid.voxel_size_nm)
+        err = " ".join(capsys.readouterr().err.split())
+        assert f"EM of {voxels} nm" in err
+        note = re.search(r"note: (.*) EM of [\d. x]+ nm(?: as planned|, resampled)", err)
+        return f"{voxels}: {note[1].replace(f'{volume}', volume.name) if note else ''}"
+
+    corrected = ("--voxel-size-nm", "40", "8", "8")
+    plain, good, near, wrong = place / "em.tif", *(tmp_path / f"em{v}.ome.tif" for v in ("8", "8.07", "16"))
+    assert said(plain) == "40 x 8 x 8: em.tif declares no voxel size: 40 x 8 x 8 nm assumed, as in training"
+    assert said(plain, *corrected) == said(good) == said(good, *corrected) == "40 x 8 x 8: "
+    assert said(plain, "--voxel-size-nm", "40", "16", "16") == "40 x 16 x 16: "
+    assert said(near) == "40 x 8.07 x 8.07: "
+    learnt = "the run learnt from EM of 40 x 8 x 8 nm: pass --voxel-size-nm if the file is wrong"
+    assert said(wrong) == f"40 x 16 x 16: em16.ome.tif declares 40 x 16 x 16 nm, {learnt}"
+    assert said(wrong, *corrected) == "40 x 8 x 8: em16.ome.tif declares 40 x 16 x 16 nm; --voxel-size-nm was taken"
 
 
 def test_quiet_prints_results_only(

@@ -229,8 +229,10 @@ def test_few_bad_crops_are_left_out_and_named_many_are_refused(tmp_path: Path) -
     assert all("er/.zattrs: is not readable JSON" in item.why for item in dataset.left_out)
     (crop_path(tmp_path, "a", "crop9") / "er/.zattrs").write_text("{")
     message = refusal(tmp_path)
-    assert "3 of 10 crops cannot be used" in message
+    assert "3 of 10 crops cannot be used, first: " in message
     assert "crop3/er/.zattrs" in message
+    assert message.endswith(": restore the file"), "what to do is said once"
+    assert message.count("restore") == 1
 
 
 def edit_scale(scale: Any) -> Edit:
@@ -359,7 +361,9 @@ def test_links_that_lead_nowhere_are_left_out_and_named(tmp_path: Path, place: s
     assert item.why == f"{place}: is a link to {tmp_path}/gone, which is not there: restore that, or remove the link"
     for i in (1, 2, 3):
         shutil.rmtree(crop_path(tmp_path, "a", f"crop{i}"))
-    assert "1 of 4 crops cannot be used" in refusal(tmp_path)
+    found = refusal(tmp_path)
+    assert "1 of 4 crops cannot be used: " in found
+    assert found.endswith("which is not there: restore that, or remove the link")
     (tmp_path / "datasplit.csv").write_text(row("train", "crop4"))
     assert open_dataset(tmp_path).left_out == (), "what no line lists is not meant"
 

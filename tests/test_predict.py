@@ -31,13 +31,14 @@ from autoseg.predict import (
     crop_regions,
     cut_roi,
     drop_copy,
+    export,
     export_labels,
     file_region,
     open_run,
     predict_regions,
     volume_regions,
 )
-from autoseg.predict.decode import label_map, to_labels
+from autoseg.predict.decode import count_shown, covered, label_map, to_labels
 from autoseg.recipes.training import train_on
 from autoseg.schema import ClassEntry, Plan, load_as, save
 from autoseg.train.loop import device_of
@@ -275,6 +276,15 @@ def test_a_box_in_nm_is_cut_to_voxels_and_keeps_its_place(place: Path, trained: 
             cut_roi(whole, box)
 
 
+@pytest.mark.parametrize("first", [0, 4, 5])
+def test_a_box_of_n_voxels_lengths_holds_n_voxels_wherever_it_begins(first: int) -> None:
+    """Its ends lie half way between corners of voxels, where rounding to even would take one more or less."""
+    whole = Region("", Path("em"), Grid((20, 1024, 1024), (50.0, 4.6, 4.6), (0.0, 0.0, 0.0)))
+    cut = cut_roi(whole, [(50.0 * first, 50.0 * (first + 5)), (2355.2, 3532.8), (2355.2, 3532.8)])
+    assert cut.grid.shape_zyx == (5, 256, 256)
+    assert cut.grid.origin_nm == pytest.approx((50.0 * first, 2355.2, 2355.2))
+
+
 @pytest.mark.parametrize("ending", [".tif", ".h5"])
 @pytest.mark.parametrize("source", [".tif", ".h5"])
 def test_a_file_goes_in_and_a_file_of_the_same_shape_comes_out(
@@ -297,7 +307,7 @@ def test_a_file_goes_in_and_a_file_of_the_same_shape_comes_out(
     out = tmp_path / f"labels{ending}"
     export_labels(tmp_path / "z", one.grid, trained.plan, out, probabilities=True)
     masks = labels(tmp_path / "z")
-    expected = label_map(masks, trained.plan.classes)
+    expected = label_map(masks, labels(tmp_path / "z", "probabilities"), trained.plan.classes)
     if ending == ".tif":
         found = tifffile.imread(out)
         graded = tifffile.imread(tmp_path / f"labels-{NAMES[0]}-probability.tif")
@@ -305,6 +315,8 @@ def test_a_file_goes_in_and_a_file_of_the_same_shape_comes_out(
         with h5py.File(out) as file:
             found, graded = file["labels"][:], file[f"{NAMES[0]}_probability"][:]
             assert all(np.array_equal(file[name][:], masks[k]) for k, name in enumerate(NAMES))
+            assert list(file["labels"].attrs["class_names"]) == ["none", *NAMES], "its value is its place"
+            assert file["labels"].attrs["resolution"].tolist() == list(one.grid.voxel_size_nm)
     assert found.shape == em.shape
     assert np.array_equal(found, expected)
     assert len(np.unique(found)) > 1
@@ -470,13 +482,55 @@ def test_a_number_of_two_crops_is_refused_and_a_name_tells_which(place: Path, tr
     ]
 
 
-def test_a_label_map_shows_atoms_over_composites_and_the_threshold_counts_as_present() -> None:
-    classes = (ClassEntry(name="nuc", components=("a",)), ClassEntry(name="a"), ClassEntry(name="b"))
-    masks = np.zeros((3, 1, 1, 4), dtype=np.uint8)
-    masks[0, ..., :3] = 1
-    masks[1, ..., 1:3] = 1
-    masks[2, ..., 2] = 1
-    assert label_map(masks, classes).ravel().tolist() == [1, 2, 3, 0]
+def maps_of(classes: tuple[ClassEntry, ...], probability_KX: list[list[int]]) -> tuple[list[int], list[str]]:
+    """Return the map where a class is called from 100 on, and what is said of covered classes."""
+    probability = np.array(probability_KX, dtype=np.uint8)[:, None, None]
+    masks = (probability >= 100).astype(np.uint8)
+    found = label_map(masks, probability, classes)
+    return found.ravel().tolist(), covered(count_shown(masks, found), classes)
+
+
+def test_a_label_map_shows_a_part_before_its_composites_then_the_most_probable() -> None:
+    classes = (
+        ClassEntry(name="cell", components=("nuc", "b", "c")),
+        ClassEntry(name="b"),
+        ClassEntry(name="a"),
+        ClassEntry(name="nuc", components=("a",)),
+    )
+    cell, b = [250, 250, 250, 0, 0, 0, 250], [0, 0, 140, 0, 130, 0, 0]
+    a, nuc = [0, 0, 130, 0, 130, 120, 0], [0, 120, 250, 0, 110, 250, 0]
+    found, said = maps_of(classes, [cell, b, a, nuc])
+    assert found == [1, 4, 2, 0, 2, 3, 1], "of equal ones the first in plan order"
+    assert said == ["a: 3 voxels, 67% covered by b"]
+    stranger = (ClassEntry(name="ecs"), ClassEntry(name="nuc", components=("a",)))
+    assert maps_of(stranger, [[110, 200], [120, 120]])[0] == [2, 1], "a stranger is no part"
+
+
+def test_a_class_that_the_label_map_covers_is_named() -> None:
+    classes = (ClassEntry(name="pm"), ClassEntry(name="mito"), ClassEntry(name="ecs"))
+    assert maps_of(classes, [[0, 0, 0], [120, 110, 0], [200, 200, 200]])[1] == ["mito: 2 voxels, all covered by ecs"]
+    assert maps_of(classes, [[0, 0, 0], [120, 110, 0], [0, 200, 200]])[1] == [], "half of it is there"
+    pm, mito, ecs = [200, 200, 0, 0], [110, 110, 110, 110], [0, 0, 200, 0]
+    assert maps_of(classes, [pm, mito, ecs])[1] == ["mito: 4 voxels, 75% covered, most by pm"]
+    assert maps_of(classes, [[0], [0], [0]])[1] == []
+    nested = (ClassEntry(name="nuc", components=("a", "b")), ClassEntry(name="a"), ClassEntry(name="b"))
+    assert maps_of(nested, [[200, 200, 200], [110, 110, 0], [0, 0, 0]])[1] == [], "its parts belong to it"
+    assert maps_of(nested, [[200, 200], [110, 0], [0, 110]])[1] == ["nuc: 2 voxels, all shown as its parts"]
+
+
+def test_a_label_map_does_not_depend_on_the_tiles_it_is_made_of(
+    place: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = region(place)._replace(name="")
+    predict_regions(trained, [one], tmp_path / "z", probabilities=True)
+    said = export_labels(tmp_path / "z", one.grid, trained.plan, tmp_path / "a.tif", probabilities=False)
+    monkeypatch.setattr(export, "TILE_EDGE", 24)
+    monkeypatch.setattr(export, "SLAB_DEPTH", 3)
+    assert export_labels(tmp_path / "z", one.grid, trained.plan, tmp_path / "b.tif", probabilities=False) == said
+    assert np.array_equal(tifffile.imread(tmp_path / "a.tif"), tifffile.imread(tmp_path / "b.tif"))
+
+
+def test_the_threshold_counts_as_present() -> None:
     probability = np.array([0.49, 0.5, 0.51], dtype=np.float32).reshape(1, 1, 1, 3)
     assert to_labels(probability, np.array([0.5])).ravel().tolist() == [0, 1, 1]
 
@@ -489,6 +543,37 @@ def test_a_volume_in_a_zarr_is_found_by_its_container_or_its_group(
     by_container = file_region(trained.plan, str(place / "data/demo/demo.zarr"), tmp_path)
     assert by_group == by_container
     (tmp_path / "empty.zarr").mkdir()
-    with pytest.raises(DataError, match="no multiscale group"):
+    with pytest.raises(DataError, match=r"empty\.zarr: holds no OME-Zarr image: .*: pass the folder of one, such as"):
         file_region(trained.plan, str(tmp_path / "empty.zarr"), tmp_path)
     assert msgspec.structs.asdict(trained.plan)["name"] == "tiny"
+
+
+def test_a_zarr_that_is_no_image_is_told_what_it_lacks(place: Path, trained: Trained, tmp_path: Path) -> None:
+    def fault(folder: Path) -> str:
+        with pytest.raises(DataError) as caught:
+            file_region(trained.plan, str(folder), tmp_path)
+        return str(caught.value)
+
+    group = em_path(place / "data", "demo")
+    assert fault(group / "s0") == f"{group}/s0: is one resolution of an image: pass the folder around it: {group}"
+    bare = Path(shutil.copytree(group / "s0", tmp_path / "bare.zarr/raw"))
+    assert "bare.zarr: holds voxels, but not how large they are" in fault(bare.parent)
+    for junk in (bare, bare.parent):
+        (junk / ".zarray").write_text("{junk")
+        assert fault(junk).startswith(f"{junk}/.zarray: is not readable JSON")
+    twins = tmp_path / "twins.zarr"
+    for name in ("a", "b"):
+        shutil.copytree(group, twins / name)
+    assert fault(twins) == f"{twins}: holds 2 images: a, b: pass one of them, such as {twins}/a"
+
+
+def test_the_only_image_of_a_zarr_of_format_3_is_found(trained: Trained, tmp_path: Path) -> None:
+    group = write_multiscale(
+        tmp_path / "v3.zarr/raw", [(Grid((2, 8, 8), (40.0, 8.0, 8.0), (0.0, 0.0, 0.0)), np.ones((2, 8, 8), np.uint8))]
+    )
+    attributes = json.loads((group / ".zattrs").read_text())
+    (group / ".zattrs").unlink()
+    (group / "zarr.json").write_text(
+        json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"ome": attributes}})
+    )
+    assert file_region(trained.plan, str(tmp_path / "v3.zarr"), tmp_path).em == group

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from autoseg.arguments import to_cells, to_instances, to_number, to_seconds, to_values
+from autoseg.arguments import to_cells, to_instances, to_seconds, to_values, to_voxel_size
 from autoseg.commands.showing import EXIT_OK, cache_of, consoles, print_json, tell_cache
 from autoseg.data.convert import import_volumes
 from autoseg.data.writer import ImportRequest
@@ -33,12 +33,11 @@ ANY_EDGE_NM = (0.0, 1e9)
 
 def run_import(options: argparse.Namespace) -> int:
     """Bring volumes into DATA."""
-    sizes = [to_number("--voxel-size-nm", text) for text in options.voxel_size_nm]
     request = ImportRequest(
         data=options.data,
         name=options.name,
         em=options.em,
-        voxel_size_nm=(sizes[0], sizes[1], sizes[2]),
+        voxel_size_nm=to_voxel_size(options.voxel_size_nm),
         labels=options.labels,
         values=to_values(options.values),
         instances=to_instances(options.instances),

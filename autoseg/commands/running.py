@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from autoseg.arguments import to_interval, to_seconds
+from autoseg.arguments import to_interval, to_seconds, to_voxel_size
 from autoseg.commands.showing import EXIT_OK, EXIT_STOPPED, cache_of, consoles, print_json, tell_cache
 from autoseg.data.dataset import open_dataset
 from autoseg.data.em import measured_anew
@@ -17,7 +17,6 @@ from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.errors import DataError, PlanError
 from autoseg.plan import own_or_shipped
 from autoseg.predict import (
-    TIFF_ENDINGS,
     Region,
     Trained,
     crop_regions,
@@ -25,6 +24,7 @@ from autoseg.predict import (
     drop_copy,
     export_labels,
     file_region,
+    map_values,
     open_run,
     predict_regions,
     refuse_existing,
@@ -84,13 +84,16 @@ def run_predict(options: argparse.Namespace) -> int:
     refuse_existing(options.out, trained.plan, options.volume or "", probabilities=options.probabilities)
     regions = _regions(options, trained)
     try:
-        _predict_into(zarr, trained, regions, options, console)
+        covered = _predict_into(zarr, trained, regions, options, console)
+    except KeyboardInterrupt:
+        if zarr.exists():
+            console.print(f"what is done so far is kept in {zarr}")
+        raise
     finally:
         for region in regions:
             drop_copy(region)
-    if options.out.suffix.lower() in TIFF_ENDINGS:
-        numbers = ", ".join(f"{k} {name}" for k, name in enumerate(trained.plan.class_names, start=1))
-        results.print(f"values of the label map: 0 none, {numbers}")
+    if zarr != options.out:
+        results.print("\n".join([map_values(trained.plan), *covered]))
     results.print(f"wrote {options.out} with checkpoint {trained.checkpoint}")
     tell_cache(options, console)
     done = {"out": str(options.out), "regions": [r.name for r in regions], "checkpoint": trained.checkpoint}
@@ -101,6 +104,8 @@ def run_predict(options: argparse.Namespace) -> int:
 def _regions(options: argparse.Namespace, trained: Trained) -> list[Region]:
     """Return what the user asked to label; the copy of a file is the caller's to drop."""
     if options.data:
+        if options.voxel_size_nm:
+            raise DataError("--voxel-size-nm", "belongs to --volume FILE", "leave it out: DATA says its own")
         if zarr_of(options.out) != options.out or options.roi_nm:
             raise DataError(options.out, "crops of DATA go into one zarr, whole", "write to .zarr, or use --volume")
         dataset = open_dataset(options.data)
@@ -112,7 +117,8 @@ def _regions(options: argparse.Namespace, trained: Trained) -> list[Region]:
     if options.crops:
         raise DataError("--crops", "belongs to --data", "use --roi-nm with --volume")
     box = [to_interval(text) for text in options.roi_nm or ()]
-    region = file_region(trained.plan, options.volume, cache_of(options) / "em")
+    size = to_voxel_size(options.voxel_size_nm) if options.voxel_size_nm else None
+    region = file_region(trained.plan, options.volume, cache_of(options) / "em", size)
     try:
         return [cut_roi(region, box) if box else region]
     except DataError:
@@ -122,19 +128,24 @@ def _regions(options: argparse.Namespace, trained: Trained) -> list[Region]:
 
 def _predict_into(
     zarr: Path, trained: Trained, regions: list[Region], options: argparse.Namespace, console: Console
-) -> None:
-    """Fill the zarr, and make the TIFF or HDF5 file of it that was asked for."""
+) -> list[str]:
+    """Fill the zarr, and make the TIFF or HDF5 file of it that was asked for; return what its map covers."""
+    for remark in filter(None, (region.remark for region in regions)):
+        console.print(f"note: {remark}")
     for size in {region.grid.voxel_size_nm for region in regions}:
         same = " as planned" if size == trained.plan.voxel_size_nm else f", resampled to {_nm(trained.plan)} and back"
         console.print(f"EM of {' x '.join(f'{v:g}' for v in size)} nm{same}")
-    checksums, more = checksums_in(cache_of(options)), options.probabilities
+    checksums, exports = checksums_in(cache_of(options)), zarr != options.out
+    graded = options.probabilities or exports  # by which the label map decides
     for em in measured_anew(trained.plan.normalization, [r.em for r in regions], ChunkCache(0, checksums)):
         console.print(f"{options.volume or em}: no EM that the plan measured, so its own grey values are used")
     with terminal.progress(console) as progress:
-        predict_regions(trained, regions, zarr, probabilities=more, checksums=checksums, progress=progress)
-    if zarr != options.out:
-        export_labels(zarr, regions[0].grid, trained.plan, options.out, probabilities=more)
-        shutil.rmtree(zarr, ignore_errors=True)
+        predict_regions(trained, regions, zarr, probabilities=graded, checksums=checksums, progress=progress)
+    if not exports:
+        return []
+    covered = export_labels(zarr, regions[0].grid, trained.plan, options.out, probabilities=options.probabilities)
+    shutil.rmtree(zarr, ignore_errors=True)
+    return covered
 
 
 def run_evaluate(options: argparse.Namespace) -> int:

@@ -122,8 +122,10 @@ def open_dataset(data: Path) -> Dataset:
 def refuse_too_many(data: Path, num_crops: int, left_out: Sequence[LeftOut]) -> None:
     """Raise DataError if more than a fifth of all crops is left out: that is no accident of one file."""
     if len(left_out) > MAX_LEFT_OUT_SHARE * num_crops:
-        first = "; ".join(item.why for item in left_out[:3])
-        raise DataError(data, f"{len(left_out)} of {num_crops} crops cannot be used, first: {first}", "repair them")
+        parts = [item.why.rpartition(": ") for item in left_out[:3]]
+        remedy = "; ".join(dict.fromkeys(remedy for _, _, remedy in parts))
+        what = f"{len(left_out)} of {num_crops} crops cannot be used" + (", first" if len(left_out) > 1 else "")
+        raise DataError(data, f"{what}: {'; '.join(where for where, _, _ in parts)}", remedy)
 
 
 def _open_crops(

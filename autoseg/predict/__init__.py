@@ -1,12 +1,11 @@
 """USING IT: a RUN and EM become labels."""
 
 from autoseg.predict.blocks import Trained, open_run, predict_regions
-from autoseg.predict.export import TIFF_ENDINGS, export_labels, refuse_existing, zarr_of
+from autoseg.predict.export import export_labels, map_values, refuse_existing, zarr_of
 from autoseg.predict.ledger import check_finished
 from autoseg.predict.volumes import Region, crop_regions, cut_roi, drop_copy, file_region, volume_regions
 
 __all__ = [
-    "TIFF_ENDINGS",
     "Region",
     "Trained",
     "check_finished",
@@ -15,6 +14,7 @@ __all__ = [
     "drop_copy",
     "export_labels",
     "file_region",
+    "map_values",
     "open_run",
     "predict_regions",
     "refuse_existing",

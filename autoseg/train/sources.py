@@ -19,11 +19,10 @@ from autoseg.data.em import EmReader, read_input
 from autoseg.data.islands import seen_in
 from autoseg.data.store import ArrayReader, ChunkCache
 from autoseg.errors import DataError
-from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
+from autoseg.geometry import HAIR, Box, Grid, NmZYX, VoxelsZYX
 
 Codes = NDArray[Any]
 Rounding = Literal["inwards", "nearest", "outwards"]
-HAIR = 1e-6  # of a voxel: less is no part of it
 
 
 class BlockIndex(NamedTuple):

@@ -60,8 +60,12 @@ def write_hdf5(
     dtypes: Mapping[str, DTypeLike],
     slabs: Iterable[Mapping[str, NDArray[Any]]],
     voxel_size_nm: NmZYX,
+    attributes: Mapping[str, Mapping[str, Any]] = {},
 ) -> None:
-    """Stream slabs {key: (planes, y, x)} into gzip datasets of one file; raise DataError if it cannot be."""
+    """Stream slabs {key: (planes, y, x)} into gzip datasets of one file; raise DataError if it cannot be.
+
+    `attributes` are of some datasets, beside the voxel size, which all have.
+    """
     import h5py
 
     stored = {key: plain_dtype(path, dtype) for key, dtype in dtypes.items()}
@@ -75,6 +79,7 @@ def write_hdf5(
                     made = file.create_dataset(key, shape_zyx, stored[key], **how)
                     made.attrs["resolution"] = voxel_size_nm
                     made.attrs["element_size_um"] = [size / 1e3 for size in voxel_size_nm]
+                    made.attrs.update(attributes.get(key, {}))
                 file[key][start : start + len(planes)] = planes
 
 

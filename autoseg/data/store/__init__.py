@@ -12,7 +12,7 @@ from autoseg.data.store.engine import (
     read_attributes,
     write_attributes,
 )
-from autoseg.data.store.layout import CHUNK_CAP_BYTES, units_of
+from autoseg.data.store.layout import CHUNK_CAP_BYTES, read_layout, units_of
 from autoseg.data.store.metadata import Level, Multiscale, multiscale_attributes, open_multiscale
 from autoseg.data.store.pyramid import CHUNK_EDGE, chunk_shape, pyramid_grids, write_pyramid
 from autoseg.data.store.reading import ArrayReader, ChunkCache
@@ -36,6 +36,7 @@ __all__ = [
     "open_multiscale",
     "pyramid_grids",
     "read_attributes",
+    "read_layout",
     "units_of",
     "write_attributes",
     "write_pyramid",
