@@ -412,7 +412,7 @@ def test_json_is_one_object_on_stdout_and_nothing_else(
     assert json_of("predict", "--run", run, "--volume", place / "em.tif", "--out", "o.tif")["out"] == "o.tif"
     assert json_of("evaluate", "--run", run, "--data", place / "data")["kind"] == "scores"
     imported = json_of("import", "d", "--name", "v", "--em", place / "em.tif", *SIZE)
-    assert imported == {"datasets": ["v"], "crops": [], "remarks": []}
+    assert imported == {"datasets": ["v"], "crops": [], "remarks": [], "cells": []}
 
 
 # ---- what predict leaves behind ------------------------------------------------------------------------------
@@ -512,6 +512,22 @@ def test_quiet_prints_results_only(
     assert "precision" in table
     assert "er_mem" in table
     assert "imported v" in said("import", "d", "--name", "v", "--em", place / "em.tif", *SIZE)
+
+
+def test_import_says_which_cell_became_which_crop_and_what_comes_next(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = ("--labels", place / "labels.tif", "--values", "mito=1")
+    command = ("import", "d", "--em", place / "em.tif", *labels, *SIZE)
+    assert call(*command, "--name", "v", "--grid", "1", "2", "2", "--crops", "4,2") == 0
+    out, err = capsys.readouterr()
+    assert "imported v into d: crops v/crop1 (cell 4), v/crop2 (cell 2)\n" in out
+    assert "next: autoseg plan d\n" in err
+    assert call(*command, "--name", "w") == 0
+    assert "imported w into d: crops w/crop3\n" in capsys.readouterr().out
+    assert call("import", "d", "--name", "bare", "--em", place / "em.tif", *SIZE) == 0
+    assert "next" not in capsys.readouterr().err, "EM alone cannot be planned for"
 
 
 def test_the_size_of_the_cache_is_of_all_that_autoseg_keeps_there(

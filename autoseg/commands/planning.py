@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,13 @@ def run_import(options: argparse.Namespace) -> int:
     imported = import_volumes(request)
     for remark in imported.remarks:
         console.print(f"note: {remark}")
-    labelled = f"crops {', '.join(imported.crops)}" if imported.crops else "EM without labels"
+    crops = list(imported.crops)
+    if math.prod(request.grid) > 1:
+        crops = [f"{crop} (cell {cell})" for crop, cell in zip(crops, imported.cells, strict=True)]
+    labelled = f"crops {', '.join(crops)}" if crops else "EM without labels"
     results.print(f"imported {', '.join(imported.datasets)} into {options.data}: {labelled}")
+    if crops:
+        console.print(f"next: autoseg plan {options.data}")
     print_json(options, imported._asdict())
     return EXIT_OK
 
