@@ -37,5 +37,5 @@ class CheckpointError(AutosegError):
 def counted(number: int, noun: str, verb: str = "") -> str:
     """Return the number with its noun, and a verb, in the plural where it is not 1: 1 class has, 1,234 classes have."""
     if number == 1:
-        return f"1 {noun}" + (" has" if verb == "have" else f" {verb}s" if verb else "")
+        return f"1 {noun} {({'': '', 'have': 'has', 'are': 'is'}).get(verb, f'{verb}s')}".rstrip()
     return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}" + (f" {verb}" if verb else "")
