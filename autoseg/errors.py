@@ -1,4 +1,7 @@
-"""What went wrong, where, and what to do: the only exceptions a user sees as one line with exit code 2."""
+"""What went wrong, where, and what to do: the only exceptions a user sees as one line with exit code 2.
+
+And how many, in words: `counted`, for these and for every other text.
+"""
 
 
 class AutosegError(Exception):
@@ -29,3 +32,10 @@ class PlanError(AutosegError):
 
 class CheckpointError(AutosegError):
     """A run folder or a checkpoint that does not fit, or is damaged."""
+
+
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """Return the number with its noun, and a verb, in the plural where it is not 1: 1 class has, 1,234 classes have."""
+    if number == 1:
+        return f"1 {noun} {({'': '', 'have': 'has', 'are': 'is'}).get(verb, f'{verb}s')}".rstrip()
+    return f"{number:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}" + (f" {verb}" if verb else "")

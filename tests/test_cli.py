@@ -27,6 +27,7 @@ from autoseg import __version__
 from autoseg.arguments import to_seconds
 from autoseg.cli import main
 from autoseg.commands import running, showing
+from autoseg.commands.planning import difference
 from autoseg.data.dataset import open_dataset
 from autoseg.data.store import ArrayReader, ChunkCache, open_multiscale
 from autoseg.errors import DataError, PlanError
@@ -36,8 +37,7 @@ from autoseg.plan import hardware, rules_machine
 from autoseg.predict import blocks, export
 from autoseg.recipes.training import train_on
 from autoseg.report import terminal
-from autoseg.report.terminal import difference
-from autoseg.schema import Plan, load_as, save
+from autoseg.schema import Plan, Reason, load_as, save
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -431,7 +431,7 @@ def test_json_is_one_object_on_stdout_and_nothing_else(
     assert json_of("predict", "--run", run, "--volume", place / "em.tif", "--out", "o.tif")["out"] == "o.tif"
     assert json_of("evaluate", "--run", run, "--data", place / "data")["kind"] == "scores"
     imported = json_of("import", "d", "--name", "v", "--em", place / "em.tif", *SIZE)
-    assert imported == {"datasets": ["v"], "crops": [], "remarks": []}
+    assert imported == {"datasets": ["v"], "crops": [], "remarks": [], "cells": []}
 
 
 # ---- what predict leaves behind ------------------------------------------------------------------------------
@@ -629,6 +629,22 @@ def test_quiet_prints_results_only(
     assert "imported v" in said("import", "d", "--name", "v", "--em", place / "em.tif", *SIZE)
 
 
+def test_import_says_which_cell_became_which_crop_and_what_comes_next(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = ("--labels", place / "labels.tif", "--values", "mito=1")
+    command = ("import", "d", "--em", place / "em.tif", *labels, *SIZE)
+    assert call(*command, "--name", "v", "--grid", "1", "2", "2", "--crops", "4,2") == 0
+    out, err = capsys.readouterr()
+    assert "imported v into d: crops v/crop1 (cell 4), v/crop2 (cell 2)\n" in out
+    assert "next: autoseg plan d\n" in err
+    assert call(*command, "--name", "w") == 0
+    assert "imported w into d: crops w/crop3\n" in capsys.readouterr().out
+    assert call("import", "d", "--name", "bare", "--em", place / "em.tif", *SIZE) == 0
+    assert "next" not in capsys.readouterr().err, "EM alone cannot be planned for"
+
+
 def test_the_size_of_the_cache_is_of_all_that_autoseg_keeps_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -698,6 +714,37 @@ def test_the_difference_of_two_plans_names_nested_fields() -> None:
     a, b = {"x": 1, "n": {"p": 1, "q": 2}}, {"x": 1, "n": {"p": 3, "q": 2}, "z": 0}
     assert difference(a, b) == [("n.p", 1, 3), ("z", None, 0)]
     assert difference(a, a) == []
+
+
+def test_the_difference_of_two_plans_reads_as_the_plan_does_and_marks_what_the_user_set(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    a = load_as(place / "plan.json", Plan)
+    probed = msgspec.structs.replace(a.hardware, conv_gflops={"fp32": 18.390146720778258}, ram_bytes=3 * 2**29)
+    network = msgspec.structs.replace(a.network, strides_zyx=((1, 2, 2), (1, 2, 2)))
+    reasons = [r for r in a.reasons if r.field not in ("seed", "network.strides_zyx")]
+    b = msgspec.structs.replace(
+        a,
+        hardware=probed,
+        network=network,
+        seed=7,
+        predicted_step_s=0.123456789,
+        fingerprint_sha256="f" * 64,
+        reasons=(*reasons, Reason(field="seed", because="set", source="user")),
+    )
+    save(b, tmp_path / "b.json")
+    assert call("plan", "--diff", place / "plan.json", tmp_path / "b.json", "--cache", tmp_path) == 0
+    out = capsys.readouterr().out
+    rows = {words[0]: words for line in out.splitlines() if len(words := re.findall(r"[^│┃ ]+", line)) > 1}
+    assert "5 fields differ" in out
+    assert rows["seed"][-2:] == ["7", "(user)"]
+    assert rows["hardware.ram_bytes"][-2:] == ["1.50", "GiB"]
+    assert rows["network.strides_zyx"][-2:] == ["1x2x2", "1x2x2"]
+    assert rows["predicted_step_s"][-1] == "0.1235"
+    assert rows["fingerprint_sha256"][-1] == "f" * 12
+    assert "hardware.conv_gflops differs too: it is measured anew for each plan" in out
+    assert "18.39" not in out
 
 
 def test_ctrl_c_before_a_run_begins_is_one_line(

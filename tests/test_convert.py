@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -421,10 +422,25 @@ def test_a_value_outside_the_kept_cells_is_no_mistake(data: Path) -> None:
     labels = np.zeros(SHAPE, np.uint8)
     labels[0, 0, 0], labels[3] = 3, 1
     np.save(data.parent / "labels.npy", labels)
-    import_volumes(
-        asked(data, values={"mito": (1,), "pm": (3,)}, labels=f"{data.parent}/labels.npy", grid=(2, 1, 1), crops=(2,))
-    )
+    request = asked(data, values={"mito": (1,), "pm": (3,)}, labels=f"{data.parent}/labels.npy", grid=(2, 1, 1))
+    imported = import_volumes(request._replace(crops=(2,)))
+    assert imported.cells == (2,)
+    assert imported.remarks == (
+        "no imported crop holds a voxel of pm: it counts as absent; correct --values if it is there",
+    ), "what the kept cells lack is told, not refused"
     assert stored(open_dataset(data).crops[0], "pm").max() == 0
+    assert import_volumes(request._replace(name="all")).remarks == (), "one crop of several holds it"
+
+
+def test_a_class_whose_values_leave_out_those_of_its_parts_is_told_at_import(data: Path) -> None:
+    arrays = {"em": volume(9), "labels": volume(3)}
+    values = {"cell": (1,), "mito": (2,), "nuc": (3,)}
+    assert import_arrays(asked(data, labels="l", values=values), arrays).remarks == (
+        "cell contains mito, nuc: voxels of those count as not cell; write --values cell=1,2,3 if cell is all of them",
+    )
+    for fine in ({"cell": (1, 2), "mito": (2,)}, {"mito": (2,), "nuc": (3,)}, {"mine": (1,), "mito": (2,)}):
+        remarks = import_arrays(asked(data, name="-".join(fine), labels="l", values=fine), arrays).remarks
+        assert not [remark for remark in remarks if "contains" in remark]
 
 
 def test_an_ignore_value_outside_the_kept_cells_is_no_mistake(data: Path) -> None:
@@ -455,7 +471,7 @@ def test_two_imports_at_once_lose_no_crop(data: Path, monkeypatch: pytest.Monkey
         begun.set()
         return genuine[0](path)
 
-    def overtaken(*arguments: Any) -> list[str]:
+    def overtaken(*arguments: Any) -> tuple[list[str], Counter[str]]:
         monkeypatch.setattr(convert, "write_volume", genuine[1])
         monkeypatch.setattr(sidecar, "_locked", waits)
         thread.start()

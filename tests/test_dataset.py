@@ -185,7 +185,7 @@ def test_a_listed_class_that_a_crop_does_not_hold_is_named(tmp_path: Path) -> No
     listed = "is listed in the datasplit, but has no folder"
     assert [(item.name, item.why) for item in dataset.foreign] == [
         ("a/crop1/mitoo", f"a/crop1/mitoo: {listed}: did you mean 'mito'?"),
-        ("a/crop1/nuc", f"a/crop1/nuc and in 1 more crops: {listed}: restore it, or remove it from the list"),
+        ("a/crop1/nuc", f"a/crop1/nuc and in 1 more crop: {listed}: restore it, or remove it from the list"),
     ]
     assert fingerprint(tmp_path, tmp_path / "cache").left_out == dataset.foreign
 
@@ -477,7 +477,7 @@ def test_a_class_that_is_in_no_table_is_named_with_the_nearest_and_the_others_st
     assert [(item.name, item.why) for item in dataset.foreign] == [
         (
             "a/crop1/mitoo",
-            "a/crop1/mitoo and in 1 more crops: is not a class of the table: did you mean 'mito'?",
+            "a/crop1/mitoo and in 1 more crop: is not a class of the table: did you mean 'mito'?",
         ),
         ("a/crop2/zzz", "a/crop2/zzz: is not a class of the table: add it to classes.json"),
     ]

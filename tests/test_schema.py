@@ -117,6 +117,21 @@ def test_an_unknown_key_without_a_neighbour_is_to_be_removed() -> None:
     assert refusal(edited(HARDWARE, "qqq", 1)).endswith("remove it")
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("batch_size", "many", "batch_size is not a whole number (it is text): correct"),
+        ("budget_s", "x", "budget_s is not a number or null (it is text)"),
+        ("network.kind", "rsnet", "'rsnet' at network.kind is none of unet, resunet, rsunet: did you mean 'rsunet'?"),
+        ("sliding_window.mirror_axes", ["q"], "'q' at sliding_window.mirror_axes[0] is none of z, y, x: use one"),
+        ("network.strides_zyx", [[1, 2]], "network.strides_zyx[0] is not a list of 3 values (it has 2)"),
+        ("network", [], "network is not an object in braces (it is a list)"),
+    ],
+)
+def test_a_wrong_value_is_told_in_words_of_no_programmer(path: str, value: object, says: str) -> None:
+    assert says in refusal(edited(valid_plan(), path, value), Plan)
+
+
 def test_a_key_with_a_line_break_is_still_one_line() -> None:
     refusal(edited(HARDWARE, "a\nb\r\nc", 1))
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_planner import facts, tiny_facts_plan
 
+from autoseg.errors import counted
 from autoseg.evaluate import summarize
 from autoseg.report import terminal
 from autoseg.report.terminal import plan_summary, plan_table
@@ -65,11 +66,11 @@ def test_a_magnitude_has_three_digits_and_the_size_of_the_number(count: int) -> 
 
 
 def test_the_fingerprint_fits_a_terminal_of_80_columns() -> None:
-    found = facts(classes=("mito_mem", "er"), crops=289)
+    found = facts(classes=("canalicular_channel", "er"), crops=289)
     large = ClassCount(absent=10**9, present=10**8, unknown=0)
     many = tuple(msgspec.structs.replace(crop, counts=dict.fromkeys(crop.counts, large)) for crop in found.crops)
     shape = ClassShape(
-        name="mito_mem",
+        name="canalicular_channel",
         thickness_nm=Quantiles(p10=123, p50=150, p90=234),
         in_plane=True,
         thickness_cut_share=0.0,
@@ -84,14 +85,59 @@ def test_the_fingerprint_fits_a_terminal_of_80_columns() -> None:
     text = console.export_text()
     assert "~150 (123–234)" in text
     assert "1,234 + 567" in text
+    for name in ("known", "positive", "share", "crops", "thickness nm", "instances"):
+        assert name in text, "no header is cut"
     assert "289/289" in text
     assert "…" not in text
 
 
 @pytest.mark.parametrize(
     ("later", "says"),
-    [(9.0, "the loss rose at the end, from 0.1 to 9"), (0.05, "was still falling"), (0.1, "had levelled off")],
+    [
+        (9.0, "the loss rose at the end, from 0.1 to 9"),
+        (
+            0.05,
+            "was still falling: to train longer, plan again with a longer --budget, and train that into another --run",
+        ),
+        (0.1, "had levelled off"),
+    ],
 )
 def test_the_verdict_says_where_the_loss_went_at_the_end(later: float, says: str) -> None:
-    outcome = Outcome(Path("run"), 20, 20, 0.5, 0.5, None)
-    assert says in terminal.verdict(outcome, [1.0] * 16 + [0.1] * 2 + [later] * 2, [0.5])
+    outcome = Outcome(Path("run"), 60, 60, 0.5, 0.5, None)
+    assert says in terminal.verdict(outcome, [1.0] * 48 + [0.1] * 6 + [later] * 6, [0.5])
+
+
+@pytest.mark.parametrize("dice", [[0.5], [0.1, 0.5]])
+def test_curves_of_a_few_steps_are_not_judged(dice: list[float]) -> None:
+    for steps, said in ((1, "done: 1 step, "), (3, "done: 3 steps, "), (49, "done: 49 steps, ")):
+        text = terminal.verdict(Outcome(Path("run"), steps, steps, 0.5, 0.5, None), [0.5] * steps, dice)
+        assert text == f"{said}best validation Dice 0.500; too few steps to judge the curves"
+
+
+def test_numbers_that_belong_together_are_one_word_and_are_not_broken_at_80_columns() -> None:
+    plan = msgspec.structs.replace(tiny_facts_plan(), voxel_size_nm=(40.0, 11.8, 11.8))
+    network = msgspec.structs.replace(plan.network, strides_zyx=((1, 2, 2), (1, 2, 2)))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(plan_table(msgspec.structs.replace(plan, network=network)))
+    text = console.export_text()
+    assert " 40x11.8x11.8 " in text
+    assert terminal.field_text("network.strides_zyx", network.strides_zyx) == "1x2x2 1x2x2"
+    assert terminal.field_text("network.features", (16, 32, 64)) == "16 32 64"
+
+
+def test_one_of_a_thing_is_no_plural() -> None:
+    assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
+    assert [counted(n, "voxel", "have") for n in (1, 1234)] == ["1 voxel has", "1,234 voxels have"]
+    assert [counted(n, "patch", "need") for n in (1, 2)] == ["1 patch needs", "2 patches need"]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal.fingerprint_table(facts(crops=1)))
+    assert "1 crop in 1 volume;" in console.export_text()
+
+
+def test_grey_values_are_no_decision_threshold() -> None:
+    scores = summarize([ScoreRow(crop="a/crop1", class_="er", tp=1, fp=0, fn=0)], "m")
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(terminal.score_table(scores, {"er": 0.3}))
+    text = console.export_text()
+    assert "grey value" in text
+    assert "threshold" not in text

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.table import Table
 
 from autoseg.arguments import to_cells, to_instances, to_seconds, to_values, to_voxel_size
 from autoseg.commands.showing import EXIT_OK, cache_of, consoles, print_json, tell_cache
 from autoseg.data.convert import import_volumes
 from autoseg.data.writer import ImportRequest
-from autoseg.errors import PlanError
+from autoseg.errors import PlanError, counted
 from autoseg.plan import (
     fingerprint,
     hardware_file,
@@ -26,7 +28,10 @@ from autoseg.plan import (
 )
 from autoseg.recipes.profile import profile_plan
 from autoseg.report import terminal
-from autoseg.schema import Fingerprint, Hardware, Plan, load_as, save
+from autoseg.schema import Fingerprint, Hardware, Plan, Profile, load_as, save
+
+PROBED = "hardware.conv_gflops"
+SHORT_HASH = 12
 
 ANY_EDGE_NM = (0.0, 1e9)
 
@@ -51,8 +56,13 @@ def run_import(options: argparse.Namespace) -> int:
     imported = import_volumes(request)
     for remark in imported.remarks:
         console.print(f"note: {remark}")
-    labelled = f"crops {', '.join(imported.crops)}" if imported.crops else "EM without labels"
+    crops = list(imported.crops)
+    if math.prod(request.grid) > 1:
+        crops = [f"{crop} (cell {cell})" for crop, cell in zip(crops, imported.cells, strict=True)]
+    labelled = f"crops {', '.join(crops)}" if crops else "EM without labels"
     results.print(f"imported {', '.join(imported.datasets)} into {options.data}: {labelled}")
+    if crops:
+        console.print(f"next: autoseg plan {options.data}")
     print_json(options, imported._asdict())
     return EXIT_OK
 
@@ -127,11 +137,48 @@ def _by_resolution(
 
 def _plan_difference(options: argparse.Namespace, results: Console) -> int:
     a, b = (load_as(path, Plan) for path in options.diff)
-    rows = terminal.difference(msgspec.to_builtins(a), msgspec.to_builtins(b))
-    rows = [row for row in rows if not row[0].startswith("reasons")]
-    results.print(terminal.difference_table(rows, (str(options.diff[0]), str(options.diff[1]))))
+    rows = [row for row in difference(a, b) if row[0] != "reasons"]
+    results.print(_difference_table(rows, (a, b), [str(path) for path in options.diff]))
     print_json(options, {field: [x, y] for field, x, y in rows})
     return EXIT_OK
+
+
+def difference(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted field, value in a, value in b) wherever two nested values or records differ."""
+    of_a, of_b = _fields(a), _fields(b)
+    if of_a is None or of_b is None:
+        return [] if a == b else [(name, a, b)]
+    rows = []
+    for key in [*of_a, *(key for key in of_b if key not in of_a)]:
+        rows += difference(of_a.get(key), of_b.get(key), f"{name}.{key}" if name else key)
+    return rows
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, msgspec.Struct):
+        return {field.encode_name: getattr(value, field.name) for field in msgspec.structs.fields(value)}
+    return value if isinstance(value, dict) else None
+
+
+def _difference_table(rows: list[tuple[str, Any, Any]], plans: tuple[Plan, Plan], names: list[str]) -> Table:
+    """Return the fields in which two plans differ, those that the user set marked, noise of the probe apart."""
+    probed = [row for row in rows if row[0].startswith(PROBED)]
+    rows = [row for row in rows if row not in probed]
+    by_user = [{reason.field for reason in plan.reasons if reason.source == "user"} for plan in plans]
+    table = Table(title=counted(len(rows), "field", "differ"), title_justify="left")
+    for name in ("field", *names):
+        table.add_column(name, overflow="fold")
+    for field, *values in rows:
+        cells = [field]
+        for value, named in zip(values, by_user, strict=True):
+            text = value[:SHORT_HASH] if field.endswith("sha256") else terminal.field_text(field, value)
+            is_set = any(f"{field}.".startswith(f"{name}.") for name in named)
+            cells.append(f"{text} (user)" if is_set else text)
+        table.add_row(*cells)
+    notes = ["(user): set by the user, the rest follows"] if any(by_user) and rows else []
+    notes += [f"{PROBED} differs too: it is measured anew for each plan"] if probed else []
+    table.caption, table.caption_justify = "; ".join(notes) or None, "left"
+    return table
 
 
 def run_profile(options: argparse.Namespace) -> int:
@@ -139,6 +186,26 @@ def run_profile(options: argparse.Namespace) -> int:
     console, results = consoles(options)
     plan = load_as(own_or_shipped(options.plan, "plans"), Plan)
     found = profile_plan(plan, options.data, cache_of(options), device=options.device, tell=console.print)
-    terminal.show_profile(found, results)
+    _show_profile(found, results)
     print_json(options, found)
     return EXIT_OK
+
+
+def _show_profile(profile: Profile, console: Console) -> None:
+    """Print seconds of a step, share waited and memory by number of workers, then memory and what to choose."""
+    table = Table(title="training steps with their batches", title_justify="left")
+    for name in ("workers", "s a step", "waiting", "MiB a worker", ""):
+        table.add_column(name, justify="left" if not name else "right")
+    for trial in profile.trials:
+        notes = {"planned": profile.num_workers, "recommended": profile.recommended_workers}
+        mine = ", ".join(note for note, workers in notes.items() if workers == trial.num_workers)
+        rss = terminal.MISSING if trial.worker_rss_bytes is None else f"{trial.worker_rss_bytes / 2**20:.0f}"
+        table.add_row(
+            str(trial.num_workers), terminal.number(trial.step_s), f"{trial.batch_wait_fraction:.0%}", rss, mine
+        )
+    console.print(table)
+    measured, predicted = (
+        f"{n / 2**20:.0f} MiB" for n in (profile.measured_memory_bytes, profile.predicted_memory_bytes)
+    )
+    console.print(f"memory of a step: {measured} measured ({profile.measured_by}), {predicted} predicted")
+    console.print(f"recommended: num_workers={profile.recommended_workers}: {profile.because}")

@@ -126,6 +126,12 @@ class Logic:
                 raise _no_class(name, self.names)
         return [self._index[name] for name in names]
 
+    def parts_among(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Return for each of these classes that contains others of them which ones; names of no table say nothing."""
+        known = [name for name in names if name in self._index]
+        inside = {b: tuple(a for a in known if self._part_of[self._index[a], self._index[b]]) for b in known}
+        return {name: parts for name, parts in inside.items() if parts}
+
     def complete(self, annotated_CK: States) -> tuple[States, NDArray[np.bool_]]:
         """Return (states with everything that follows, contradictions), both (rows, classes of the table).
 

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.data.classes import merge, table_of
+from autoseg.data.classes import Logic, merge, table_of
 from autoseg.data.dataset import GROUNDTRUTH, open_dataset
 from autoseg.data.datasplit import read_datasplit
 from autoseg.data.formats import Volume, expand_globs, in_memory, open_volume
@@ -42,11 +42,12 @@ _DATASET_NAME = re.compile(r"\w[\w.+-]*(?<!\.zarr)")
 
 
 class Imported(NamedTuple):
-    """What an import wrote: data sets, their crops, and remarks for the user."""
+    """What an import wrote: data sets, their crops, remarks for the user, and which cell of the grid each crop is."""
 
     datasets: tuple[str, ...]
     crops: tuple[str, ...]
     remarks: tuple[str, ...]
+    cells: tuple[int, ...] = ()
 
 
 _Opener = Callable[[contextlib.ExitStack], dict[str, Volume]]
@@ -146,17 +147,21 @@ def _import(request: ImportRequest, openers: Mapping[str, _Opener]) -> Imported:
         remarks = [remark for piece in pieces for remark in piece.remarks]
         table, table_remarks = _own_table(request)
         split, split_remarks = _datasplit(request, pieces)
+        present = Counter[str]()
         for piece in pieces:
             with contextlib.ExitStack() as stack:
                 zarr = staging / piece.name / f"{piece.name}.zarr"
-                remarks += write_volume(request, piece.opener(stack), zarr, piece.crops)
+                of_piece, voxels = write_volume(request, piece.opener(stack), zarr, piece.crops)
+            remarks += of_piece
+            present.update(voxels)
         if table is not None:
             save(table, staging / CLASSES)
         if split is not None:
             (staging / DATASPLIT).write_bytes(split)
         _publish(staging, request.data, [CLASSES, *openers, DATASPLIT])
-    remarks += [*table_remarks, *split_remarks]
-    return Imported(tuple(openers), tuple(crops), tuple(dict.fromkeys(remarks)))
+    remarks += [*table_remarks, *split_remarks, *_class_remarks(request, present)]
+    cells = [cell for piece in pieces for cell in _kept_cells(request)[: len(piece.crops)]]
+    return Imported(tuple(openers), tuple(crops), tuple(dict.fromkeys(remarks)), tuple(cells))
 
 
 def _checked_pieces(request: ImportRequest, openers: Mapping[str, _Opener]) -> list[_Piece]:
@@ -171,11 +176,14 @@ def _checked_pieces(request: ImportRequest, openers: Mapping[str, _Opener]) -> l
             crops: dict[int, Box] = {}
             if request.classes:
                 boxes = cell_boxes(em.shape_zyx, request.grid)
-                kept = request.crops or range(1, len(boxes) + 1)
-                crops = {next_id + i: boxes[cell - 1] for i, cell in enumerate(kept)}
+                crops = {next_id + i: boxes[cell - 1] for i, cell in enumerate(_kept_cells(request))}
             pieces.append(_Piece(name, opener, crops, em_path(em.dtype), tuple(_source_remarks(request, em))))
             next_id += len(crops)
     return pieces
+
+
+def _kept_cells(request: ImportRequest) -> tuple[int, ...]:
+    return request.crops or tuple(range(1, math.prod(request.grid) + 1))
 
 
 def _check_sources(request: ImportRequest, sources: Mapping[str, Volume]) -> None:
@@ -199,6 +207,21 @@ def _source_remarks(request: ImportRequest, em: Volume) -> Iterator[str]:
         yield f"{em.name} declares voxels of {sizes} nm (z, y, x); --voxel-size-nm was taken"
     if not request.classes and math.prod(request.grid) > 1:
         yield "--grid cuts labels into crops: without labels the EM stays whole"
+
+
+def _class_remarks(request: ImportRequest, present: Mapping[str, int]) -> Iterator[str]:
+    """Yield which classes no crop holds, and whose values leave out those of classes that they contain."""
+    for name, voxels in present.items():
+        if voxels == 0:
+            flag = "--values" if name in request.values else "--instances"
+            yield f"no imported crop holds a voxel of {name}: it counts as absent; correct {flag} if it is there"
+    for whole, parts in Logic(table_of(request.data)).parts_among(request.values).items():
+        values = set(request.values[whole])
+        outside = [part for part in parts if not values.issuperset(request.values[part])]
+        if outside:
+            every = ",".join(map(str, sorted(values.union(*(request.values[part] for part in outside)))))
+            contains = f"{whole} contains {', '.join(outside)}: voxels of those count as not {whole}"
+            yield f"{contains}; write --values {whole}={every} if {whole} is all of them"
 
 
 def _highest_crop_id(data: Path) -> int:

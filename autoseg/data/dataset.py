@@ -21,7 +21,7 @@ from typing import NamedTuple
 from autoseg.data import store
 from autoseg.data.classes import table_of
 from autoseg.data.datasplit import CropRow, SplitName, read_datasplit, refuse_namesake, refuse_twins
-from autoseg.errors import AutosegError, DataError
+from autoseg.errors import AutosegError, DataError, counted
 from autoseg.geometry import Box, Grid
 from autoseg.schema import ClassTable, LeftOut, nearest
 
@@ -165,7 +165,7 @@ class _Stray(NamedTuple):
 
 def _foreign(stray: _Stray, crops: Sequence[str], known: frozenset[str]) -> str:
     near = None if stray.name in known else nearest(stray.name, sorted(known))
-    where = f"{crops[0]}/{stray.name}" + (f" and in {len(crops) - 1} more crops" if len(crops) > 1 else "")
+    where = f"{crops[0]}/{stray.name}" + (f" and in {counted(len(crops) - 1, 'more crop')}" if len(crops) > 1 else "")
     what, remedy = (
         ("is not a class of the table", "add it to classes.json")
         if stray.held

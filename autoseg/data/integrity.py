@@ -20,6 +20,7 @@ from autoseg.data.classes import ABSENT, UNKNOWN
 from autoseg.data.codes import CropCodes
 from autoseg.data.dataset import Crop, complement_counts
 from autoseg.data.em import stored_level
+from autoseg.errors import counted
 from autoseg.geometry import Box, Grid
 from autoseg.schema import Finding
 
@@ -88,9 +89,8 @@ def _miscounted(crop: Crop, codes: CropCodes) -> Iterator[Finding]:
             if held == expected:
                 continue
             if name == "unknown" and label.unknown is None:
-                what = (
-                    f"{label.name}: its annotation counted {expected:,} unknown voxels, but declares no value for them"
-                )
+                told = counted(expected, "unknown voxel")
+                what = f"{label.name}: its annotation counted {told}, but declares no value for them"
                 yield _finding(crop.name, "undeclared", what, {"counted": expected})
                 continue
             array = store.ArrayReader(label.path, store.ChunkCache(0))

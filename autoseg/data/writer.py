@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,16 +67,17 @@ class ImportRequest(NamedTuple):
 
 def write_volume(
     request: ImportRequest, sources: Mapping[str, Volume], zarr: Path, crops: Mapping[int, Box]
-) -> list[str]:
-    """Write a new zarr from open volumes `em`, `labels`, `mask` and `instances CLASS`; return remarks.
+) -> tuple[list[str], Counter[str]]:
+    """Write a new zarr from open volumes `em`, `labels`, `mask` and `instances CLASS`.
 
+    Return remarks, and the voxels of each class that is annotated anywhere (0 where it is absent from all crops).
     Labels come first: what is wrong with them shows before the long part. Raise DataError for bad voxels.
     """
-    remarks = _LabelWriter(request, sources, zarr, crops).write() if crops else []
+    written = _LabelWriter(request, sources, zarr, crops).write() if crops else ([], Counter[str]())
     em = sources["em"]
     write_em(em, zarr / em_path(em.dtype), request.voxel_size_nm)
     store.make_groups(zarr, zarr / RECON / "em")
-    return remarks
+    return written
 
 
 def em_path(dtype: DTypeLike) -> str:
@@ -158,8 +160,11 @@ class _LabelWriter:
         self._depth = _slab_depth(self._grid.shape_zyx, sum(s.dtype.itemsize for s in self._sources.values()))
         self._seen: set[int] = set()
 
-    def write(self) -> list[str]:
-        """Write arrays and annotations, return remarks; raise DataError for bad ids or values that never occur."""
+    def write(self) -> tuple[list[str], Counter[str]]:
+        """Write arrays and annotations, return remarks and voxels by class.
+
+        Raise DataError for bad ids or values that never occur.
+        """
         arrays = {(i, t.name): self._create(i, t) for i in self._crops for t in self._targets}
         counts = dict.fromkeys(arrays, (0, 0))
         rows = sorted({(box.start[0], box.stop[0]) for box in self._crops.values()})
@@ -179,7 +184,11 @@ class _LabelWriter:
         self._refuse_missing_values()
         for crop_id in self._crops:
             self._annotate(crop_id, counts)
-        return list(self._remarks(counts))
+        present = Counter[str]()
+        for (crop_id, name), (absent, unknown) in counts.items():
+            if (known := self._crops[crop_id].num_voxels - unknown) > 0:
+                present[name] += known - absent
+        return list(self._remarks(counts)), present
 
     def _read(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
         slabs = {key: source.read(start, stop) for key, source in self._sources.items()}

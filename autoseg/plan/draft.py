@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 import msgspec
 
@@ -108,9 +108,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         try:
             value = msgspec.convert(_parse(text, value_type), value_type)
         except msgspec.ValidationError as error:
-            what, remedy = explain(str(error), value_type)
-            if get_origin(value_type) is Literal:
-                remedy = f"use one of {', '.join(map(str, get_args(value_type)))}"
+            what, remedy = explain(str(error), value_type, repr(text))
             if field == "classes":
                 what, remedy = "holds records of classes", f"use --classes {text}"
             raise PlanError(f"--set {field}", what, remedy) from None

@@ -185,7 +185,7 @@ def _shapes(
     """Return thickness and instances of each class that lies anywhere, from the crops that show it best."""
     shapes = []
     for k, name in enumerate(names):
-        progress("shapes", k, len(names))
+        progress("shapes of classes", k, len(names))
         chosen = _best_crops(name, crops)
         samples = []
         for index in chosen:
@@ -195,7 +195,7 @@ def _shapes(
         if samples:
             flat = [any(sections_apart(crops[index].voxel_size_nm)) for index in chosen]
             shapes.append(pool_shape(name, samples, in_plane=any(flat)))
-    progress("shapes", len(names), len(names))
+    progress("shapes of classes", len(names), len(names))
     return tuple(shapes)
 
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from autoseg.errors import counted
 from autoseg.geometry import cube_edge_nm
 from autoseg.schema import CropFacts, Fingerprint
 
@@ -69,7 +70,9 @@ def _group(facts: Fingerprint, names: list[str], wanted: dict[str, int]) -> Grou
     thickness = {shape.name: shape.thickness_nm for shape in facts.shapes}
     known = sorted((q.p50, name) for name in names if (q := thickness.get(name)) is not None)
     thinnest = f"the thinnest, {known[0][1]}, is {known[0][0]:.0f} nm thick" if known else "all wider than their crops"
-    because = f"{', '.join(names)}: {thinnest}; {len(within)} crops of {min(within):.3g} to {max(within):.3g} nm"
+    because = (
+        f"{', '.join(names)}: {thinnest}; {counted(len(within), 'crop')} of {min(within):.3g} to {max(within):.3g} nm"
+    )
     return Group(edge, (min(within), max(within)), tuple(names), because)
 
 

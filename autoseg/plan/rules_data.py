@@ -8,7 +8,7 @@ from collections import Counter
 
 from autoseg.data.classes import cellmap_table
 from autoseg.data.split import within
-from autoseg.errors import PlanError
+from autoseg.errors import PlanError, counted
 from autoseg.geometry import NmZYX, VoxelsZYX, coarser_voxel_size, cube_edge_nm
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.resolution import MIN_VOXELS_ACROSS, resolution_groups, serving_range
@@ -59,9 +59,10 @@ def choose_classes(draft: Draft) -> Choice:
     if not learnable:
         raise PlanError("classes", "no class has enough positive voxels", "check the labels (autoseg fingerprint)")
     left = [name for name in known if name not in learnable]
-    counted = any(name in crop.counts for crop in draft.fingerprint.crops for name in learnable)
-    because = f"{len(learnable)} classes " + (
-        f"have at least {MIN_POSITIVE_VOXELS} positive voxels" if counted else "are annotated (nobody counted voxels)"
+    were_counted = any(name in crop.counts for crop in draft.fingerprint.crops for name in learnable)
+    because = counted(len(learnable), "class", "have" if were_counted else "are")
+    because += (
+        f" at least {MIN_POSITIVE_VOXELS} positive voxels" if were_counted else " annotated (nobody counted voxels)"
     )
     choice = tuple(learnable.values())
     return Choice(choice, because + (f"; left out: {', '.join(left)}" if left else ""), "fingerprint")
@@ -173,7 +174,7 @@ def choose_dimensions(draft: Draft) -> Choice:
     depth = _median_extent(draft)[0]
     anisotropy = z / min(y, x)
     if depth < SLICES_2_5D:
-        return Choice("2d", f"crops are {depth} sections deep, fewer than {SLICES_2_5D}", "geometry")
+        return Choice("2d", f"crops are {counted(depth, 'section')} deep, fewer than {SLICES_2_5D}", "geometry")
     if draft["device"] == "cpu" or "patch_size_zyx" in draft.settings:
         because = "flat patches: neighbouring sections as channels cost at most 13 % of a step"
         return Choice("2.5d", because, "step time of a prototype, two CPU cores")

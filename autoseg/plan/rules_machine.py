@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from autoseg.errors import PlanError
+from autoseg.errors import PlanError, counted
 from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
 from autoseg.plan.draft import Choice, Draft
 from autoseg.schema import Hardware, Loss, Network
@@ -55,7 +55,7 @@ def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
     patch_s = _step_seconds(draft, 1)
     if flat and patch_s and draft["budget_s"] and wanted > 4 and draft["budget_s"] / (patch_s * wanted) < MIN_STEPS:
         steps = draft["budget_s"] / (patch_s * wanted)
-        few = f"{wanted} would leave {steps:.0f} steps in {draft['budget_s']:g} s"
+        few = f"{wanted} would leave {counted(round(steps), 'step')} in {draft['budget_s']:g} s"
         return 4, f"{few} (demo, 80 s, one run each, noise unknown: .62 with 8, .65 with 4)"
     return wanted, f"more than {wanted} would not help"
 
@@ -80,7 +80,9 @@ def choose_accumulate(draft: Draft) -> Choice:
     """Return how many micro-batches make one optimizer step."""
     wanted = 2 if draft["patch_size_zyx"][0] > 1 else 4
     number = max(1, math.ceil(wanted / draft["batch_size"]))
-    return Choice(number, f"{number * draft['batch_size']} patches a step (at least {wanted})", "effective batch")
+    return Choice(
+        number, f"{counted(number * draft['batch_size'], 'patch')} a step (at least {wanted})", "effective batch"
+    )
 
 
 def choose_num_threads(draft: Draft) -> Choice:
@@ -108,7 +110,7 @@ def workers_on(hardware: Hardware, batch_bytes: int) -> tuple[int, str]:
     by_ram = int(hardware.ram_bytes * RAM_SHARE / 2 // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes))
     by_shm = int(hardware.shm_bytes // (BATCHES_IN_FLIGHT * batch_bytes))
     workers = max(0, min(MAX_WORKERS, hardware.cpu_threads - 2, by_ram, by_shm))
-    return workers, f"{hardware.cpu_threads} threads; RAM allows {by_ram}, /dev/shm {by_shm}"
+    return workers, f"{counted(hardware.cpu_threads, 'thread')}; RAM allows {by_ram}, /dev/shm {by_shm}"
 
 
 def choose_memory(draft: Draft) -> Choice:
@@ -117,7 +119,8 @@ def choose_memory(draft: Draft) -> Choice:
     value = cost.memory_bytes(draft["batch_size"], draft["device"])
     room, name = usable_bytes(draft)
     if value > room:
-        what = f"{draft['batch_size']} patches need {value / GIB:.1f} GiB, {room / GIB:.1f} GiB of {name} may be used"
+        needed = f"{counted(draft['batch_size'], 'patch', 'need')} {value / GIB:.1f} GiB"
+        what = f"{needed}, {room / GIB:.1f} GiB of {name} may be used"
         fits = max(1, (room - cost.fixed_bytes) // max(1, cost.memory_bytes(1, draft["device"]) - cost.fixed_bytes))
         raise PlanError("batch_size", what, f"--set batch_size={fits}, and accumulate_batches for the rest")
     because = f"{cost.num_parameters / 1e6:.1f} M parameters; {cost.patch_bytes / 2**20:.0f} MiB a patch"
@@ -129,7 +132,9 @@ def choose_ram(draft: Draft) -> Choice:
     """Return the predicted host memory, in bytes."""
     on_host = draft["predicted_memory_bytes"] if draft["device"] == "cpu" else 0
     workers = draft["num_workers"] * WORKER_BYTES
-    because = f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {draft['num_workers']} workers + the step on the CPU"
+    because = (
+        f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {counted(draft['num_workers'], 'worker')} + the step on the CPU"
+    )
     return Choice(BASE_PROCESS_BYTES + workers + on_host, because, "measured: 0.8 GiB at peak, VNC plan")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoseg.errors import PlanError
+from autoseg.errors import PlanError, counted
 from autoseg.geometry import VoxelsZYX
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_machine import step_cost, usable_bytes
@@ -23,7 +23,7 @@ def choose_device(draft: Draft) -> Choice:
     """Return the kind of device."""
     gpus = draft.hardware.gpus
     if not gpus:
-        return Choice("cpu", f"no GPU, {draft.hardware.cpu_threads} CPU threads", "hardware")
+        return Choice("cpu", f"no GPU, {counted(draft.hardware.cpu_threads, 'CPU thread')}", "hardware")
     more = "; this version trains on one GPU: the others stay free" if len(gpus) > 1 else ""
     return Choice("cuda", f"{gpus[0].name} with {gpus[0].memory_bytes / GIB:.0f} GiB{more}", "hardware")
 

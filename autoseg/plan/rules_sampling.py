@@ -10,6 +10,7 @@ from autoseg.data.em import CHUNK_CACHE_BYTES
 from autoseg.data.islands import holders
 from autoseg.data.split import split_crops
 from autoseg.data.store import pyramid_grids
+from autoseg.errors import counted
 from autoseg.geometry import Grid
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_data import share_of, training_crops
@@ -39,7 +40,7 @@ def choose_class_floor(draft: Draft) -> Choice:
     taught = holders(draft["split"].train, split_crops(draft.fingerprint, names, draft["split"].voxel_edge_nm))
     centred = draft["sampling.class_centred_fraction"]
     floor = min(centred / 2 / max(1, len(taught)), centred / len(names))
-    because = f"{floor:.2%} of all patches or more for each of {len(taught)} classes"
+    because = f"{floor:.2%} of all patches or more for each of {counted(len(taught), 'class')}"
     if taught:
         fewest, rarest = min((len(crops), name) for name, crops in taught.items())
         because += f"; {rarest} is in {fewest} of {len(training_crops(draft))} crops"

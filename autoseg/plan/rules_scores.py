@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from autoseg.errors import counted
 from autoseg.plan.draft import Choice
 from autoseg.plan.evidence import Evidence
 from autoseg.schema import ClassScore, Fingerprint
@@ -47,7 +48,8 @@ def _undertrained(evidence: Evidence) -> Advice:
     plan, done, planned = evidence.plan, evidence.num_done, evidence.num_steps
     rate = plan.optimizer.learning_rate
     if evidence.peak_rate < 0.9 * rate:
-        what = f"the rate reached {evidence.peak_rate:.2g} of {rate:.2g}: the run never left its warm-up ({done} steps)"
+        never = f"the run never left its warm-up ({counted(done, 'step')})"
+        what = f"the rate reached {evidence.peak_rate:.2g} of {rate:.2g}: {never}"
         return _longer(evidence, what)
     if done < planned:
         what = f"the run ended after {done} of {planned} steps, so its rate never came down; finish it first"

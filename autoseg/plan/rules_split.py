@@ -8,7 +8,7 @@ import msgspec
 
 from autoseg.data.islands import SplitCrop, count_leaks, holders
 from autoseg.data.split import DEFAULT_FOLDS, derive_split, split_crops
-from autoseg.errors import PlanError
+from autoseg.errors import PlanError, counted
 from autoseg.geometry import VoxelsZYX
 from autoseg.plan.draft import Choice, Draft
 from autoseg.schema import Region, Split, nearest
@@ -34,8 +34,8 @@ def choose_split(draft: Draft) -> Choice:
         "datasplit": "datasplit.csv fixes it",
         "volumes": f"whole volumes of {len({c.volume for c in crops})}, so that no EM is on both sides",
         "crops": f"whole crops of {len(crops)}, all from few volumes",
-        "box": f"{len(crops)} crops of few volumes: boxes of {'each validate' if folds else 'one validate'}, "
-        "the other voxels train",
+        "box": f"{counted(len(crops), 'crop')} of few volumes: "
+        f"boxes of {'each validate' if folds else 'one validate'}, the other voxels train",
         "user": "",
     }[split.rule]
     if folds is not None:
@@ -46,7 +46,9 @@ def choose_split(draft: Draft) -> Choice:
     if not split.train:
         raise PlanError("split.train", f"is empty ({because})", "leave at least one crop to train on")
     leaks = count_leaks(split, crops)
-    numbers = f"{len(split.train)} regions train, {len(split.validate)} validate, {leaks.regions} of them "
+    numbers = (
+        f"{counted(len(split.train), 'region', 'train')}, {len(split.validate)} validate, {leaks.regions} of them "
+    )
     numbers += f"share {leaks.voxels:,} voxels with what trains: those never teach" if leaks.regions else "leak"
     by_user = asked or folds is not None or "split.voxel_edge_nm" in draft.settings
     source = "user" if by_user else "split rule"

@@ -23,13 +23,13 @@ from autoseg.data.dataset import Dataset, open_dataset
 from autoseg.data.store import ArrayReader, ChunkCache, open_multiscale
 from autoseg.data.synthetic import ATOMS, synthesize
 from autoseg.data.writer import ImportRequest
-from autoseg.errors import DataError, PlanError
+from autoseg.errors import DataError, PlanError, counted
 from autoseg.geometry import Box, NmZYX, VoxelsZYX
-from autoseg.metrics.overlap import Counts, ratios
+from autoseg.metrics.overlap import Counts, mean, ratios
 from autoseg.plan import fingerprint, make_plan, probe_hardware
 from autoseg.recipes.training import train_on
 from autoseg.recipes.validate import evaluate_run
-from autoseg.schema import Observer, Plan, Scores, load_as, save
+from autoseg.schema import Observer, Outcome, Plan, Scores, load_as, save
 
 COMPOSITES: dict[str, tuple[str, ...]] = {
     "mito": ("mito_mem", "mito_lum"),
@@ -106,7 +106,20 @@ def run_demo(
     tell("scoring a volume that the run never saw")
     scores = evaluate_run(folder / "run", folder / "unseen", cache=cache).scores
     save(scores, folder / "scores.json")
-    return Demo(folder, plan, scores, threshold_baseline(folder / "data", folder / "unseen", plan, cache))
+    by_threshold = threshold_baseline(folder / "data", folder / "unseen", plan, cache)
+    if short := _shortfall(scores, by_threshold, plan, outcome):
+        tell(f"note: {short}")
+    return Demo(folder, plan, scores, by_threshold)
+
+
+def _shortfall(scores: Scores, by_threshold: Mapping[str, float | None], plan: Plan, outcome: Outcome) -> str | None:
+    """Return in one sentence that the network does not beat grey values, and what to do; None if it does."""
+    grey = mean(list(by_threshold.values())) or 0.0
+    if (scores.mean_dice or 0.0) > grey:
+        return None
+    what = f"the network's mean Dice of {scores.mean_dice or 0.0:.3f} does not beat the {grey:.3f} of grey values alone"
+    why = f"{counted(outcome.num_steps, 'step')} in {plan.budget_s or 0:g} s are too few, the machine is busy or slow"
+    return f"{what}: {why}; run autoseg demo OTHER-DIR with a longer --budget"
 
 
 def _synthesize_all(target: Path, pieces: tuple[Piece, ...]) -> None:

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from autoseg.data.dataset import open_dataset
+from autoseg.errors import counted
 from autoseg.plan.hardware import usable_threads
 from autoseg.schema import Plan, Profile, WorkerTrial, check_plan
 from autoseg.train import batches, make_step
@@ -61,7 +62,7 @@ def profile_plan(
     tell(f"one loader process makes {alone:.1f} patches/s")
     with _threads(plan.num_threads):
         step_s = _step_alone(plan, made, target, trial_s)
-        tell(f"a step of {plan.batch_size * plan.accumulate_batches} patches takes {step_s:.3f} s")
+        tell(f"a step of {counted(plan.batch_size * plan.accumulate_batches, 'patch')} takes {step_s:.3f} s")
         measured = peak_bytes(lambda: _two_steps(plan, made, target), target)
         trials = list(_trials(plan, data, cache, target, trial_s))
     workers, because = recommend(plan, trials, alone, step_s)
@@ -108,11 +109,11 @@ def recommend(plan: Plan, trials: Sequence[WorkerTrial], samples_per_s: float, s
         best = min(more, key=lambda t: t.step_s)
         gain = f"gain less than {WORTH_A_WORKER:.0%}" if best.step_s < chosen.step_s else "gain nothing"
         because += f"; more {gain} ({_workers(best.num_workers)}: {best.step_s:.3f} s)"
-    return chosen.num_workers, f"{because}; {usable_threads()} threads"
+    return chosen.num_workers, f"{because}; {counted(usable_threads(), 'thread')}"
 
 
 def _workers(number: int) -> str:
-    return "no worker" if number == 0 else "1 worker" if number == 1 else f"{number} workers"
+    return "no worker" if number == 0 else counted(number, "worker")
 
 
 def _rate_alone(plan: Plan, data: Path, cache: Path, trial_s: float) -> tuple[float, list[Batch]]:

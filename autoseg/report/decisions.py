@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from autoseg.errors import counted
 from autoseg.report.artifacts import Artifacts
 from autoseg.report.figures import Matrix, matrix
 from autoseg.report.html import Html, el, folded, join, section, table
@@ -54,11 +55,12 @@ def fingerprint_section(artifacts: Artifacts) -> Html:
     facts = artifacts.facts
     if facts is None:
         return section("data", "The data", el("p", "This run holds no fingerprint.json."))
-    left_out = [folded(f"{len(facts.left_out)} crops were left out", _left_out(facts))] if facts.left_out else []
+    left_out = [folded(f"left out: {counted(len(facts.left_out), 'crop')}", _left_out(facts))] if facts.left_out else []
+    crops = counted(len(facts.crops), "crop")
     return section(
         "data",
         "The data",
-        el("p", f"{len(facts.crops):,} crops in {len(facts.volumes):,} volumes, {len(facts.classes)} classes."),
+        el("p", f"{crops} in {counted(len(facts.volumes), 'volume')}, {counted(len(facts.classes), 'class')}."),
         *left_out,
         el("h3", "How much of the annotated volume each class fills"),
         _shares(artifacts, facts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from autoseg.data.dataset import Dataset, open_dataset
-from autoseg.errors import AutosegError, DataError
+from autoseg.errors import AutosegError, DataError, counted
 from autoseg.report.artifacts import Artifacts, CropScore, crop_scores, discreet, find, same_folder, shown, value_of
 from autoseg.report.figures import LEGIBLE_ROWS, Matrix, bar, matrix, sparkline
 from autoseg.report.html import Html, command, el, folded, join, note, section, table
@@ -142,7 +142,7 @@ def crop_section(artifacts: Artifacts) -> Html | None:
     children: list[Html] = [table(head, rows[:FIRST_CROPS], "right crops")]
     if len(rows) > FIRST_CROPS:
         children.append(
-            folded(f"the other {len(rows) - FIRST_CROPS} crops", table(head, rows[FIRST_CROPS:], "right crops"))
+            folded(counted(len(rows) - FIRST_CROPS, "more crop"), table(head, rows[FIRST_CROPS:], "right crops"))
         )
     intro = el("p", "Worst first. A crop's mean is over the classes that are there or predicted.", class_="muted")
     return section("crops", "Scores by crop", intro, *children, _dice_matrix(artifacts, crops))

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from autoseg.errors import counted
 from autoseg.metrics.overlap import mean
 from autoseg.schema import (
     ClassCount,
@@ -20,7 +21,6 @@ from autoseg.schema import (
     Observer,
     Outcome,
     Plan,
-    Profile,
     Scores,
     StepResult,
     TunedDecode,
@@ -31,6 +31,9 @@ MISSING = "–"
 LINES_EVERY_S = 10.0
 RISING = 0.005
 NAMED_PAIRS = 4
+FEWEST_LOSSES = 50
+LONGEST_WORD = 17
+LONGER = "to train longer, plan again with a longer --budget, and train that into another --run"
 
 
 def make_console(*, quiet: bool = False, stdout: bool = False) -> Console:
@@ -75,36 +78,42 @@ def magnitude(count: int) -> str:
 def plan_table(plan: Plan) -> Table:
     """Return every decision with its value, reason and source; parameters of a preset are folded into it."""
     table = Table(title=f"plan {plan.name}", title_justify="left", expand=True, show_lines=False)
-    table.add_column("decision", no_wrap=True)
-    table.add_column("value", overflow="fold", ratio=2)
-    table.add_column("because (source)", overflow="fold", ratio=5)
+    rows = []
     for reason in plan.reasons:
         if reason.source in ("augmentation.preset", "kind of loss", "paper default"):
             continue
-        value = short_value(field_value(plan, reason.field))
-        table.add_row(reason.field, value, Text.assemble(reason.because, (f" ({reason.source})", "dim")))
+        because = Text.assemble(reason.because, (f" ({reason.source})", "dim"))
+        rows.append((reason.field, field_text(reason.field, field_value(plan, reason.field)), because))
+    longest = max((len(word) for _, value, _ in rows for word in value.split()), default=0)
+    table.add_column("decision", no_wrap=True)
+    table.add_column("value", overflow="fold", ratio=2, width=min(longest, LONGEST_WORD))  # at least
+    table.add_column("because (source)", overflow="fold", ratio=5)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def plan_summary(plan: Plan) -> str:
     """Return in one sentence what will be trained, on what, and how long."""
     network, patches = plan.network, plan.batch_size * plan.accumulate_batches
-    kind = f"{field_value(plan, 'dimensions').upper()} {network.kind} of {len(network.features)} levels"
+    levels = counted(len(network.features), "level")
+    kind = f"{field_value(plan, 'dimensions').upper()} {network.kind} of {levels}"
     size = " x ".join(f"{v:g}" for v in plan.voxel_size_nm)
+    split = f"{counted(len(plan.split.train), 'region', 'train')}, {len(plan.split.validate)} validate"
     patch = "x".join(str(n) for n in plan.patch_size_zyx)
     steps = plan.optimizer.num_steps
     if steps is not None:
-        course = f"{steps:,} steps"
+        course = counted(steps, "step")
     else:
         course = f"{plan.budget_s:g} s" + (
-            f" (about {plan.budget_s / plan.predicted_step_s:,.0f} steps)"
+            f" (about {counted(round(plan.budget_s / plan.predicted_step_s), 'step')})"
             if plan.budget_s and plan.predicted_step_s
             else ""
         )
     return (
-        f"{len(plan.classes)} classes at {size} nm; {kind} on {patches} patches of {patch} a step, {plan.precision} "
-        f"on the {plan.device.upper()}; {course}; {len(plan.split.train)} regions train, "
-        f"{len(plan.split.validate)} validate; {plan.predicted_ram_bytes / 2**30:.1f} GiB of RAM"
+        f"{counted(len(plan.classes), 'class')} at {size} nm; {kind} on {counted(patches, 'patch')} of {patch} a step, "
+        f"{plan.precision} on the {plan.device.upper()}; {course}; {split}; "
+        f"{plan.predicted_ram_bytes / 2**30:.1f} GiB of RAM"
     )
 
 
@@ -121,11 +130,21 @@ def field_value(plan: Plan, field: str) -> Any:
     return value
 
 
+def field_text(field: str, value: Any) -> str:
+    """Return the value of that field in few characters; what has an axis each is one word, as 1x2x2."""
+    if isinstance(value, tuple) and field.endswith(("_zyx", "voxel_size_nm")):
+        parts = [item if isinstance(item, tuple) else (item,) for item in value]
+        return ("x" if len(parts[0]) == 1 else " ").join("x".join(f"{n:.4g}" for n in part) for part in parts)
+    return short_value(value)
+
+
 def short_value(value: Any) -> str:
     """Return a value in few characters."""
     if isinstance(value, tuple):
-        named = f"{len(value)}: " if value and hasattr(value[0], "name") else ""
-        return named + " ".join(str(getattr(item, "name", short_value(item))) for item in value) if value else "none"
+        names = [getattr(item, "name", None) or getattr(item, "crop", None) for item in value]
+        count = f"{len(value)}: " if any(names) else ""
+        texts = (name or short_value(item) for name, item in zip(names, value, strict=True))
+        return count + " ".join(texts) if value else "none"
     if isinstance(value, dict):
         different = set(value.values())
         if len(different) == 1:
@@ -141,10 +160,12 @@ def short_value(value: Any) -> str:
 
 def fingerprint_table(facts: Fingerprint) -> Table:
     """Return classes by known and positive voxels, crops that hold and that annotate it, thickness and instances."""
-    title = f"{len(facts.crops)} crops in {len(facts.volumes)} volumes; instances: whole + cut by the sampled boxes"
-    table = Table(title=title, title_justify="left")
+    held = f"{counted(len(facts.crops), 'crop')} in {counted(len(facts.volumes), 'volume')}"
+    title = f"{held}; instances: whole + cut by the sampled boxes"
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for name in ("class", "known", "positive", "share", "crops", "thickness nm", "instances"):
-        table.add_column(name, justify="left" if name == "class" else "right", no_wrap=True)
+        is_name = name == "class"  # alone may be folded: a number in two lines is none
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     shapes = {shape.name: shape for shape in facts.shapes}
     for entry in facts.classes:
         counts = [c.counts[entry.name] for c in facts.crops if entry.name in c.counts]
@@ -167,7 +188,8 @@ def _shape_cells(shape: ClassShape | None) -> tuple[str, str]:
     thick = shape.thickness_nm
     plane = "~" if shape.in_plane else ""
     nm = f"{plane}{thick.p50:.0f} ({thick.p10:.0f}–{thick.p90:.0f})" if thick else "beyond boxes"
-    return nm, f"{shape.num_instances:,} + {shape.num_instances_cut:,}"
+    whole, cut = (f"{n:,}" if n < 10_000 else magnitude(n) for n in (shape.num_instances, shape.num_instances_cut))
+    return nm, f"{whole} + {cut}"
 
 
 def warn(facts: Fingerprint, console: Console) -> None:
@@ -176,11 +198,12 @@ def warn(facts: Fingerprint, console: Console) -> None:
         console.print(f"warning: left out {item.name}: {item.why}")
     for crop in facts.crops:
         if crop.conflicts:
+            against = f"{counted(crop.conflicts, 'voxel', 'contradict')} the class table"
             named = "; ".join(one.text for one in crop.contradictions[:NAMED_PAIRS])
             more = len(crop.contradictions) - NAMED_PAIRS
             console.print(
-                f"warning: {crop.name}: {crop.conflicts:,} voxels contradict the class table, annotation wins: {named}"
-                + (f"; and {more} more pairs of classes" if more > 0 else "")
+                f"warning: {crop.name}: {against}, annotation wins: {named}"
+                + (f"; and {counted(more, 'more pair')} of classes" if more > 0 else "")
             )
     for finding in facts.findings:
         label = "warning" if finding.alarm else "note"
@@ -195,7 +218,7 @@ def score_table(scores: Scores, beside: Mapping[str, float | None] | None = None
     """Return Dice, IoU, precision, recall and true voxels by class; `beside` adds a column to compare with."""
     table = Table(title=title, title_justify="left")
     table.add_column("class")
-    for name in ("Dice", "IoU", "precision", "recall", "true voxels", *(("threshold",) if beside else ())):
+    for name in ("Dice", "IoU", "precision", "recall", "true voxels", *(("grey value",) if beside else ())):
         table.add_column(name, justify="right")
     for name, score in scores.per_class.items():
         truth = sum(row.tp + row.fn for row in scores.rows if row.class_ == name)
@@ -217,44 +240,6 @@ def change_table(new: Scores, old: Scores, title: str) -> Table:
         change = MISSING if before is None or after is None else f"{after - before:+.3f}"
         table.add_row(name, number(before), number(after), change)
     return table
-
-
-def difference(a: Any, b: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (dotted field, value in a, value in b) wherever two nested values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        rows = []
-        for key in [*a, *(key for key in b if key not in a)]:
-            rows += difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
-        return rows
-    return [] if a == b else [(name, a, b)]
-
-
-def difference_table(rows: Sequence[tuple[str, Any, Any]], names: tuple[str, str]) -> Table:
-    """Return the fields in which two artifacts differ."""
-    table = Table(title=f"{len(rows)} fields differ", title_justify="left")
-    for name in ("field", *names):
-        table.add_column(name, overflow="fold")
-    for field, a, b in rows:
-        table.add_row(field, str(a), str(b))
-    return table
-
-
-def show_profile(profile: Profile, console: Console) -> None:
-    """Print seconds of a step, share waited and memory by number of workers, then memory and what to choose."""
-    table = Table(title="training steps with their batches", title_justify="left")
-    for name in ("workers", "s a step", "waiting", "MiB a worker", ""):
-        table.add_column(name, justify="left" if not name else "right")
-    for trial in profile.trials:
-        notes = {"planned": profile.num_workers, "recommended": profile.recommended_workers}
-        mine = ", ".join(note for note, workers in notes.items() if workers == trial.num_workers)
-        rss = MISSING if trial.worker_rss_bytes is None else f"{trial.worker_rss_bytes / 2**20:.0f}"
-        table.add_row(str(trial.num_workers), number(trial.step_s), f"{trial.batch_wait_fraction:.0%}", rss, mine)
-    console.print(table)
-    measured, predicted = (
-        f"{n / 2**20:.0f} MiB" for n in (profile.measured_memory_bytes, profile.predicted_memory_bytes)
-    )
-    console.print(f"memory of a step: {measured} measured ({profile.measured_by}), {predicted} predicted")
-    console.print(f"recommended: num_workers={profile.recommended_workers}: {profile.because}")
 
 
 class TrainingView(Observer):
@@ -283,7 +268,8 @@ class TrainingView(Observer):
             f"{short_value(plan.class_weights)}"
         )
         resumed = f", going on from step {from_step}" if from_step else ""
-        self.console.print(f"{num_steps} steps of {plan.batch_size * plan.accumulate_batches} patches{resumed}")
+        patches = counted(plan.batch_size * plan.accumulate_batches, "patch")
+        self.console.print(f"{counted(num_steps, 'step')} of {patches}{resumed}")
         self._from, self._total = from_step, num_steps
         self._began = self._said = time.monotonic()
         self._bar.start()
@@ -331,17 +317,15 @@ def verdict(outcome: Outcome, losses: Sequence[float], dice: Sequence[float]) ->
         return (
             f"stopped by {outcome.stopped_by} at step {outcome.step} of {outcome.num_steps}; the same command goes on"
         )
-    tenth = max(1, len(losses) // 10)
-    before, after = losses[-2 * tenth : -tenth], losses[-tenth:]
-    text = f"done: {outcome.num_steps} steps, best validation Dice {number(outcome.best_mean_dice)}"
+    text = f"done: {counted(outcome.num_steps, 'step')}, best validation Dice {number(outcome.best_mean_dice)}"
+    if len(losses) < FEWEST_LOSSES:
+        return f"{text}; too few steps to judge the curves"
+    tenth = len(losses) // 10
+    earlier, later = (sum(part) / tenth for part in (losses[-2 * tenth : -tenth], losses[-tenth:]))
     if len(dice) > 1 and dice[-1] > max(dice[:-1]) + RISING:
-        text += "; the validation Dice was still rising, a longer --budget may help"
-    elif before and after:
-        earlier, later = (sum(part) / len(part) for part in (before, after))
-        if later < 0.98 * earlier:
-            text += "; the loss was still falling, a longer --budget may help"
-        elif later > 1.02 * earlier:
-            text += f"; the loss rose at the end, from {earlier:.3g} to {later:.3g}"
-        else:
-            text += "; the loss had levelled off"
-    return text
+        return f"{text}; the validation Dice was still rising: {LONGER}"
+    if later < 0.98 * earlier:
+        return f"{text}; the loss was still falling: {LONGER}"
+    if later > 1.02 * earlier:
+        return f"{text}; the loss rose at the end, from {earlier:.3g} to {later:.3g}"
+    return f"{text}; the loss had levelled off"

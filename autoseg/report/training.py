@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from statistics import median
 
+from autoseg.errors import counted
 from autoseg.report.artifacts import Artifacts, Line, shown, value_of
 from autoseg.report.figures import Line as Curve
 from autoseg.report.figures import Point, line_chart, thin
@@ -94,12 +95,15 @@ def _event(event: Line) -> str:
     if kind == "length":
         because = event.get("because")
         reason = f": {because}" if because else ""
-        return f"The time budget became {event.get('num_steps')} steps before step 1{reason}."
+        number = event.get("num_steps")
+        steps = counted(number, "step") if isinstance(number, int) else f"{number} steps"
+        return f"The time budget became {steps} before step 1{reason}."
     if kind == "data":
         return f"Trained on {shown(str(event.get('path', '?')))}."
     if kind == "split" and isinstance(event.get("split"), dict):
         sizes = [len(event["split"].get(side, ())) for side in ("train", "validate")]
-        return f"The plan's split did not fit this DATA; derived again: {sizes[0]} regions train, {sizes[1]} validate."
+        again = f"{counted(sizes[0], 'region', 'train')}, {sizes[1]} validate"
+        return f"The plan's split did not fit this DATA; derived again: {again}."
     rest = ", ".join(
         f"{key.replace('_', ' ')} {shown(value) if isinstance(value, str) else value}"
         for key, value in event.items()
@@ -121,7 +125,7 @@ def hardware_section(artifacts: Artifacts) -> Html:
         ("planned for", machine.name),
         ("trains on", f"{plan.device}, {plan.precision}"),
         ("GPU", ", ".join(gpus) or "none"),
-        ("CPU", f"{machine.cpu_name}, {machine.cpu_threads} threads"),
+        ("CPU", f"{machine.cpu_name}, {counted(machine.cpu_threads, 'thread')}"),
         ("memory", f"{machine.ram_bytes / GIB:.1f} GiB"),
         ("convolution speed", speed or "not measured"),
         ("memory of training, predicted", f"{plan.predicted_memory_bytes / GIB:.2f} GiB"),

@@ -23,6 +23,15 @@ from autoseg.schema.results import CheckpointHeader, Scores, TunedDecode
 
 AnyArtifact = ClassTable | Fingerprint | Hardware | Plan | CheckpointHeader | TunedDecode | Scores
 A = TypeVar("A", bound=Artifact)
+_TYPE_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "array": "a list",
+    "object": "an object in braces",
+    "null": "null",
+}
 
 
 def encode(record: Record) -> bytes:
@@ -90,14 +99,51 @@ def decode(content: bytes, record_type: Any, where: object) -> Any:
         raise PlanError(where, f"is not valid JSON ({error})", "repair it, or write it anew") from None
 
 
-def explain(message: str, record_type: Any) -> tuple[str, str]:
-    """Turn a validation message into (what, remedy); suggest the nearest name for an unknown key."""
+def explain(message: str, record_type: Any, given: str = "it") -> tuple[str, str]:
+    """Turn a validation message into (what, remedy); suggest the nearest name for an unknown key or choice.
+
+    `given` is what was wrong as the user wrote it, for a message that names no field.
+    """
     message = " ".join(message.replace("Object", "object").replace("`", "'").split())
-    unknown = re.search(r"unknown field '([^']*)'", message)
-    if not unknown:
-        return message.replace("$.", ""), "correct the value"
-    near = nearest(unknown[1], sorted(_field_names(record_type)))
-    return message.replace("$.", ""), f"did you mean {near}?" if near else "remove it"
+    message, _, at = message.partition(" - at ")
+    field = at.strip("'").removeprefix("$").removeprefix(".")
+    if found := re.fullmatch(r"Expected '(.*?)'(?: of length (\d+))?, got (.*)", message):
+        subject = f"{field} of {given}" if field and given != "it" else field or given
+        return f"{subject} is {_wanted(found[1], found[2], found[3])}", "correct the value"
+    if found := re.fullmatch(r"Invalid enum value '(.*)'", message):
+        names = [name for name in _types_at(record_type, re.findall(r"[^.[\]]+", field)) if isinstance(name, str)]
+        where = f" at {field}" if field else ""
+        return f"{found[1]!r}{where} is none of {', '.join(names)}", _did_you_mean(found[1], names, "use one of them")
+    what = f"{message} - at '{field}'" if field else message
+    if found := re.search(r"unknown field '([^']*)'", message):
+        return what, _did_you_mean(found[1], sorted(_field_names(record_type)), "remove it")
+    return what, "correct the value"
+
+
+def _wanted(types: str, length: str | None, got: str) -> str:
+    """Return what a value should have been, of the types' names in a validation message, and what it is instead."""
+    wanted = " or ".join(_TYPE_WORDS.get(name, name) for name in types.split(" | "))
+    if length:
+        return f"not {wanted} of {length} values (it has {got})"
+    return f"not {wanted}" + (f" (it is {_TYPE_WORDS[got]})" if (got := got.strip("'")) in _TYPE_WORDS else "")
+
+
+def _did_you_mean(name: str, known: list[str], otherwise: str) -> str:
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else otherwise
+
+
+def _types_at(kind: Any, path: list[str]) -> Iterator[Any]:
+    """Yield the types that a value may have at that path of field names, and the choices where it is one of some."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        for field in msgspec.structs.fields(kind):
+            if path[:1] == [field.encode_name]:
+                yield from _types_at(field.type, path[1:])
+        return
+    if not path:
+        yield kind
+    for argument in get_args(kind):
+        yield from _types_at(argument, path[1:] if path and path[0].isdecimal() else path)
 
 
 def nearest(name: str, known: list[str]) -> str | None:
