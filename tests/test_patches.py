@@ -84,6 +84,13 @@ def test_a_batch_depends_on_plan_and_step_alone(place: tuple[Path, Path], preset
     assert not torch.equal(other.image_BCZYX, straight[4].image_BCZYX)
 
 
+def test_a_batch_lies_in_memory_that_the_next_can_take(place: tuple[Path, Path]) -> None:
+    """Aligned memory, as torch allocates, is not used again by glibc: the heap of a worker grew by the batch."""
+    batch = sampler(tiny_plan(*place), place).batch(0)
+    for tensor in (batch.image_BCZYX, batch.codes_BZYX):
+        assert not tensor.untyped_storage().resizable(), "allocated by torch"
+
+
 def test_batches_end_where_the_run_ends(place: tuple[Path, Path]) -> None:
     plan = tiny_plan(*place)
     assert len(list(batches(plan, place[0], start_step=5, stop_step=8, cache=place[1]))) == 3

@@ -26,7 +26,7 @@ from autoseg.data import store
 from autoseg.data.store.codecs import COMPRESSORS, FILTERS, decode_chunk
 from autoseg.data.store.engine import ZARR_MAJOR
 from autoseg.errors import DataError
-from autoseg.geometry import Box, Grid, VoxelsZYX
+from autoseg.geometry import Box, Grid, VoxelsZYX, blocks
 
 COMPRESSED: dict[str, Any] = {
     "none": None,
@@ -184,6 +184,45 @@ def test_a_cached_chunk_is_decoded_once_and_one_not_stored_holds_no_memory(tmp_p
     for chunk in (tmp_path / "a/0").glob("*/*"):
         chunk.unlink()
     assert np.array_equal(array.read(Box.whole(values.shape)), first), "all four chunks fit: two are one value each"
+
+
+def test_memory_that_is_used_again_never_shows_in_what_was_read(tmp_path: Path) -> None:
+    """Arrays of several chunk sizes, orders and dtypes through a cache of a few chunks, with some not stored."""
+    rng = np.random.default_rng(0)
+    written, readers = [], []
+    cache = store.ChunkCache(3000)
+    for i, (dtype, chunks, order) in enumerate(
+        [("|u1", (4, 8, 8), "C"), ("<u2", (4, 8, 8), "F"), ("|u1", (8, 8, 8), "C"), ("<f4", (3, 5, 7), "C")]
+    ):
+        values = random_values((12, 20, 24), dtype, i)
+        compressor = (numcodecs.Zstd(1), numcodecs.GZip(1), None, numcodecs.Blosc())[i]
+        write_v2(tmp_path / str(i), values, chunks, order=order, compressor=compressor, fill_value=0)
+        (tmp_path / str(i) / "0.0.0").unlink()
+        values[tuple(slice(0, c) for c in chunks)] = 0
+        written.append(values)
+        readers.append(store.ArrayReader(tmp_path / str(i), cache))
+    for _ in range(300):
+        i = int(rng.integers(4))
+        start = [int(rng.integers(n)) for n in written[i].shape]
+        z, y, x = (int(rng.integers(a + 1, n + 1)) for a, n in zip(start, written[i].shape, strict=True))
+        box = Box((start[0], start[1], start[2]), (z, y, x))
+        assert np.array_equal(readers[i].read(box), written[i][box.slices])
+
+
+def test_a_cache_holds_no_more_memory_than_it_may_whatever_the_sizes_of_chunks(tmp_path: Path) -> None:
+    """First one volume, then another: what the chunks of the first leave is freed."""
+    limit = 4 * 2**20
+    cache = store.ChunkCache(limit)
+    shape = (64, 512, 256)
+    for name, chunks in (("a", (16, 64, 32)), ("b", (16, 64, 64)), ("c", (64, 256, 128)), ("d", (16, 32, 32))):
+        write_v2(tmp_path / name, random_values(shape, "|u1", 0), chunks, compressor=None)
+    held = []
+    for name in "abcdab":
+        array = store.ArrayReader(tmp_path / name, cache)
+        for box in blocks(shape, (16, 64, 64)):
+            array.read(box)
+        held.append(cache.slots.num_bytes)
+    assert limit / 2 < max(held) < limit + 2.5 * 2**20, "and a slab of two sizes beyond it"
 
 
 # ---- what would not fit -------------------------------------------------------------------------------------

@@ -130,13 +130,13 @@ class PatchSampler:
             turn = self._turns.turn(number)
             shared = num_places < size
             places.append((turn, draw_layer(self._sources[turn.crop], self._column(turn), rng) if shared else None))
-        image = torch.empty((size, plan.input_slices, *plan.patch_size_zyx))
-        codes = torch.empty((size, *plan.patch_size_zyx), dtype=getattr(torch, self._dtype.name))
-        images, labels = image.numpy(), codes.numpy()
+        # not torch.empty: a freed block of aligned memory does not fit the next of its size, and the heap would grow
+        images = np.empty((size, plan.input_slices, *plan.patch_size_zyx), dtype=np.float32)
+        labels = np.empty((size, *plan.patch_size_zyx), dtype=self._dtype)
         for first, (turn, layer) in enumerate(places):  # place by place, so that its chunks are decoded once
             for i in range(first, size, num_places):
                 images[i], labels[i] = self._patch(turn, layer, _generator(plan.seed, step, i + 1))
-        return Batch(image, codes, torch.from_numpy(self.states_CK.copy()))
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(self.states_CK.copy()))
 
     def _column(self, turn: Turn) -> int:
         """Return the class of a turn as a column of the indices; the last one is any known voxel."""

@@ -39,27 +39,39 @@ def number_type(name: Any) -> np.dtype[Any]:
     return dtype
 
 
-def decode_chunk(raw: bytes, codecs: Sequence[dict[str, Any]], dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+def decode_chunk(
+    raw: bytes,
+    codecs: Sequence[dict[str, Any]],
+    dtype: np.dtype[Any],
+    size: int,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[Any]:
     """Return the `size` values of a stored chunk, flat; ValueError if the bytes are anything else.
 
-    `codecs` are in the order in which they were applied: filters, a compressor, checksums.
+    `codecs` are in the order in which they were applied: filters, a compressor, checksums. `out` gets the values.
     """
     expected = size * dtype.itemsize
     try:
         data: Any = raw
         for config, num_bytes in zip(reversed(codecs), reversed(decoded_bytes(codecs, expected)), strict=True):
             if config["id"] in COMPRESSORS:
-                data = _decompress(data if isinstance(data, bytes) else bytes(data), config, num_bytes)
+                room = out if config is codecs[0] else None
+                data = _decompress(data if isinstance(data, bytes) else bytes(data), config, num_bytes, room)
             else:
                 data = numcodecs.get_codec(dict(config)).decode(data)
     except ValueError:
         raise
     except Exception as error:  # each codec has exceptions of its own
         raise ValueError(str(error) or type(error).__name__) from None
-    flat = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.asarray(data).ravel().view(np.uint8)
+    flat: NDArray[Any] = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.asarray(data)
+    flat = flat if flat is out else flat.ravel().view(np.uint8)
     if flat.nbytes != expected:
         raise ValueError(f"{flat.nbytes} bytes, a chunk is {expected}")
-    return flat.view(dtype)
+    if out is None:
+        return flat.view(dtype)
+    if flat is not out:
+        out[:] = flat
+    return out.view(dtype)
 
 
 def decoded_bytes(codecs: Sequence[dict[str, Any]], chunk_bytes: int) -> list[int]:
@@ -96,15 +108,15 @@ def _widths(config: dict[str, Any]) -> tuple[int, int]:
     return 1, 1
 
 
-def _decompress(raw: bytes, config: dict[str, Any], expected: int) -> Any:
-    """Return the `expected` bytes that were compressed."""
+def _decompress(raw: bytes, config: dict[str, Any], expected: int, out: NDArray[np.uint8] | None) -> Any:
+    """Return the `expected` bytes that were compressed, in `out` if that is given and the codec can."""
     kind = config["id"]
     if kind in _STREAMED:
         return _streamed(raw, _STREAMED[kind](config), expected)
     declared = _DECLARED[kind](raw)
     if declared is not None and declared != expected:
         raise ValueError(f"the frame decodes to {declared} bytes, a chunk is {expected}")
-    out = np.empty(expected, np.uint8)
+    out = np.empty(expected, np.uint8) if out is None else out
     _DIRECT[kind](raw, out)  # a third faster than by way of a codec object, which checks both buffers again
     return out
 
