@@ -629,6 +629,20 @@ def test_quiet_prints_results_only(
     assert "imported v" in said("import", "d", "--name", "v", "--em", place / "em.tif", *SIZE)
 
 
+def test_train_says_at_once_that_it_prepares(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before: list[str] = []
+
+    def stops(*_: object, **__: object) -> None:
+        before.append(capsys.readouterr().err)
+        raise DataError("data", "is not looked at", "nothing")
+
+    monkeypatch.setattr(running, "train_on", stops)
+    assert call("train", "--plan", place / "plan.json", "--data", place / "data", "--run", tmp_path / "r") == 2
+    assert before == [f"preparing to train {load_as(place / 'plan.json', Plan).name} on {place / 'data'}\n"]
+
+
 def test_import_says_which_cell_became_which_crop_and_what_comes_next(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,7 @@ def run_train(options: argparse.Namespace) -> int:
     """Train, resume, or try everything once."""
     console, results = consoles(options)
     plan = load_as(own_or_shipped(options.plan, "plans"), Plan)
+    console.print(f"preparing to train {plan.name} on {options.data}")
     cache = cache_of(options)
     if options.fast_dev_run:
         for line in dev_run(plan, options.data, device=options.device, cache=cache):
