@@ -118,7 +118,7 @@ def _shortfall(scores: Scores, by_threshold: Mapping[str, float | None], plan: P
     if (scores.mean_dice or 0.0) > grey:
         return None
     what = f"the network's mean Dice of {scores.mean_dice or 0.0:.3f} does not beat the {grey:.3f} of grey values alone"
-    why = f"{counted(outcome.num_steps, 'step')} in {plan.budget_s or 0:g} s are too few (a busy or slow machine makes fewer)"
+    why = f"{counted(outcome.num_steps, 'step')} in {plan.budget_s or 0:g} s are too few (a busy machine makes fewer)"
     return f"{what}: {why}; run autoseg demo OTHER-DIR with a longer --budget"
 
 
