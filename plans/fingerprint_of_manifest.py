@@ -18,7 +18,7 @@ from autoseg.geometry import NmZYX, VoxelsZYX
 from autoseg.schema import CropFacts, Fingerprint, Frequency, VolumeFacts, save
 
 SOURCE = "train_crop_manifest.csv of the CellMap challenge; classes were not counted, grey values not measured"
-IN_CROPS = "in-crop shares of fourteen classes, reported by the origin experiments for 234 crops"
+IN_CROPS = "mean share of the crops that hold it, of 234 crops, as Shan-CU/CellMap-Segmentation reports"
 REPORTED = {
     "nuc": 0.49,
     "ecs": 0.35,

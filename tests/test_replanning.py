@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from test_planner import facts, machine
 
 from autoseg.errors import PlanError
 from autoseg.plan import make_plan
 from autoseg.plan.evidence import Evidence, Round, read_evidence
 from autoseg.plan.rules_scores import advise
 from autoseg.schema import ClassScore, ClassShape, Fingerprint, Plan, Quantiles, Scores, save
-from tests.test_planner import facts, machine
 
 CLASSES = ("mito", "pm", "ves")
 FACTS = facts(classes=CLASSES)
@@ -136,6 +136,36 @@ def test_a_class_thicker_than_half_a_patch_gets_a_larger_patch_where_crops_are_l
     small = thick(facts((20, 200, 200), classes=CLASSES))
     assert "patch_size_zyx" not in advise(badly, small)
     assert "patch_size_zyx" not in advise(badly, FACTS)
+
+
+def test_how_long_is_the_user_s_to_say_and_stands_in_one_place() -> None:
+    steps = make_plan("n", FACTS, machine(), {"optimizer.num_steps": 500})
+    rising = evidence(steps, rounds=rounds(0.5, 0.6, 0.7, 0.8))
+    longer = make_plan("n", FACTS, machine(), {}, rising)
+    assert (longer.optimizer.num_steps, longer.budget_s) == (1000, None)
+    timed = make_plan("n", FACTS, machine(), {"budget_s": 3600.0}, rising)
+    assert timed.budget_s == 3600
+    assert timed.optimizer.num_steps is None
+
+
+def test_the_next_plan_starts_from_what_the_user_had_set() -> None:
+    before = make_plan("n", FACTS, machine(), {"budget_s": 600.0, "loss.kind": "bce", "class_weights.*": {"pm": 2.0}})
+    again = make_plan("n", FACTS, machine(), {}, evidence(before))
+    assert msgspec.structs.replace(again, reasons=()) == msgspec.structs.replace(before, reasons=())
+    lost = make_plan("n", FACTS, machine(), {}, evidence(before, scores={"ves": score(None, 0.0)}))
+    assert lost.loss.kind == "focal_dice", "what the scores ask for goes before what was set then"
+
+
+def test_advice_fits_the_new_plan_and_rules_do_not_mix() -> None:
+    many = tuple(f"c{k}" for k in range(48))
+    wide = facts(classes=(*CLASSES, *many))
+    lost = evidence(scores=dict.fromkeys(CLASSES, score(None, 0.0)))
+    plan = make_plan("n", wide, machine(), {}, lost)
+    assert plan.sampling.class_floor * len(plan.classes) <= plan.sampling.class_centred_fraction
+    both = evidence(scores={"ves": score(None, 0.0), "mito": score(0.4, 0.9), "pm": score(0.4, 0.9)})
+    advice = advise(both, FACTS)
+    assert advice["loss.kind"].value == "focal_dice"
+    assert "loss.tversky_alpha" not in advice
 
 
 def test_the_user_has_the_last_word() -> None:

@@ -10,12 +10,13 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_planner import facts, machine, reason
 
 from autoseg.cli import main
+from autoseg.errors import PlanError
 from autoseg.geometry import cube_edge_nm
 from autoseg.plan import make_plan, resolution_groups
 from autoseg.schema import ClassCount, ClassEntry, ClassShape, CropFacts, Fingerprint, Plan, Quantiles, load_as, save
-from tests.test_planner import facts, machine, reason
 
 EDGE = 64
 
@@ -69,10 +70,48 @@ MIXED = data_of(
 def test_thin_classes_and_large_ones_get_groups_of_their_own() -> None:
     fine, coarse = resolution_groups(MIXED, ["pm", "mito", "nuc", "ld"])
     assert (fine.classes, coarse.classes) == (("pm", "mito"), ("nuc", "ld"))
-    assert (fine.edge_nm, coarse.edge_nm) == (4, 32)
+    assert (fine.edge_nm, coarse.edge_nm) == (pytest.approx(4), pytest.approx(32))
     assert fine.voxel_edge_nm == (pytest.approx(2), pytest.approx(4))
     assert coarse.voxel_edge_nm == (pytest.approx(32), pytest.approx(32))
     assert "pm, is 12 nm thick" in fine.because
+
+
+@given(st.floats(1.5, 60), st.floats(1, 12))
+def test_crops_twice_coarser_and_four_times_finer_serve_whatever_the_size(edge: float, anisotropy: float) -> None:
+    """Their edges are roots of products: compared to the last bit, half of them would not fit."""
+    made = data_of([(edge, ("pm",))] * 4 + [(2 * edge, ("pm",)), (edge / 4, ("pm",))], {"pm": None})
+    crops = []
+    for crop in made.crops:
+        z, y, x = crop.voxel_size_nm
+        crops.append(msgspec.structs.replace(crop, voxel_size_nm=(z * anisotropy, y, x)))
+    found = msgspec.structs.replace(made, crops=tuple(crops), shapes=())
+    (group,) = resolution_groups(found, ["pm"])
+    low, high = group.voxel_edge_nm
+    assert high / low == pytest.approx(8)
+    plan = make_plan("a", found, machine(), {"patch_size_zyx": (1, 16, 16)})
+    assert plan.split.voxel_edge_nm is None
+
+
+def test_crops_that_no_plan_uses_are_counted_and_those_of_other_plans_too() -> None:
+    because = reason(make_plan("a", MIXED, machine(), {}), "resolution")
+    assert "6 of 9 crops have labels of 2 to 4 nm" in because
+    assert because.endswith("plan --by-resolution uses 3 more")
+    odd = data_of([(4.0, ("pm",))] * 4 + [(64.0, ("pm",))], {"pm": 12.0})
+    assert reason(make_plan("a", odd, machine(), {}), "resolution").endswith("no plan uses the other 1")
+
+
+def test_classes_that_are_asked_for_choose_the_resolution_by_name_and_by_set() -> None:
+    sets = msgspec.structs.replace(MIXED, class_sets={"large": ("nuc", "ld")})
+    for wanted in (["nuc", "ld"], ["large"]):
+        plan = make_plan("a", sets, machine(), {"classes.names": wanted})
+        assert plan.class_names == ("nuc", "ld")
+        assert {round(cube_edge_nm(c.voxel_size_nm)) for c in MIXED.crops if c.name in trained(plan)} == {32}
+    with pytest.raises(PlanError, match=r"--classes ld: has no positive voxel in crops of 2 to 4 nm.*by-resolution"):
+        make_plan("a", MIXED, machine(), {"classes.names": ["pm", "mito", "ld"]})
+
+
+def trained(plan: Plan) -> set[str]:
+    return {region.crop for region in plan.split.train}
 
 
 def test_data_of_one_voxel_size_is_one_group() -> None:
@@ -114,7 +153,7 @@ def test_a_plan_by_resolution_trains_on_the_crops_of_its_group(
     save(MIXED, tmp_path / "f.json")
     save(machine(), tmp_path / "m.json")
     assert main(["plan", "--fingerprint", "f.json", "--hardware", "m.json", "--by-resolution", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)["plans"]
     fine, coarse = (load_as(tmp_path / f"plans/bench-{edge}nm.json", Plan) for edge in (4, 32))
     assert [plan["name"] for plan in printed] == [fine.name, coarse.name] == ["bench-4nm", "bench-32nm"]
     assert (fine.class_names, coarse.class_names) == (("pm", "mito"), ("nuc", "ld"))
@@ -123,6 +162,10 @@ def test_a_plan_by_resolution_trains_on_the_crops_of_its_group(
         used = {round(sizes[region.crop]) for region in (*plan.split.train, *plan.split.validate)}
         assert used == edges
     assert math.prod(coarse.voxel_size_nm) > math.prod(fine.voxel_size_nm)
+    command = ["plan", "--fingerprint", "f.json", "--hardware", "m.json", "--by-resolution"]
+    assert main([*command, "--set", "class_weights.nuc=2"]) == 0
+    assert load_as(tmp_path / "plans/bench-32nm.json", Plan).class_weights == {"nuc": 2.0, "ld": 1.0}
+    assert main([*command, "--set", "split.voxel_edge_nm=3,5"]) == 2
 
 
 def test_one_plan_says_which_classes_lose_by_it() -> None:

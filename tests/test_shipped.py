@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from test_planner import facts
 
 from autoseg.errors import PlanError
 from autoseg.plan import make_plan, shipped
 from autoseg.schema import Fingerprint, Hardware, Plan, load_as, save
-from tests.test_planner import facts
 
 ROOT = Path(__file__).parents[1]
 MACHINES = {
@@ -102,7 +102,10 @@ def test_a_file_of_ones_own_wins_over_a_shipped_one(tmp_path: Path, monkeypatch:
     wanted.parent.mkdir()
     wanted.write_text("{}")
     assert shipped.own_or_shipped(wanted, "plans") == wanted
-    assert shipped.own_or_shipped(Path("plans/none.json"), "plans") == Path("plans/none.json")
+    for mistyped in ("plans/none.json", "some/where/rocinante.json", "rocinante.txt"):
+        assert shipped.own_or_shipped(Path(mistyped), "plans") == Path(mistyped)
+    shown = Path("plans/fingerprints/cellmap.json")
+    assert shipped.own_or_shipped(shown, "fingerprints") == shipped.shipped_files("fingerprints")["cellmap"]
 
 
 def test_an_installed_package_finds_its_files_by_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from strategies import make_dataset
+from test_planner import facts, gpu, machine, tiny_plan
 
 from autoseg.errors import PlanError
 from autoseg.model.memory import trace_step
 from autoseg.plan import make_plan, shipped, shrink
+from autoseg.predict import open_run
 from autoseg.recipes.training import train_on
 from autoseg.schema import Hardware, Plan, load_as, read_json_lines
 from autoseg.train import loop
-from tests.strategies import make_dataset
-from tests.test_planner import facts, gpu, machine, tiny_plan
 
 BIG = machine(gpu("A100", 40), threads=16, ram_gib=128, shm_gib=64)
 PLAN = make_plan("big", facts((64, 400, 400), (8.0, 8.0, 8.0)), BIG, {"batch_size": 4, "patch_size_zyx": (64, 64, 64)})
@@ -56,6 +57,17 @@ def test_number_formats_follow_the_device() -> None:
     assert "precision" not in shrink(PLAN, native, "cpu")[0]
 
 
+def test_what_the_user_chose_for_a_machine_stays_there() -> None:
+    slow = machine(threads=2)
+    emulated = make_plan("own", facts(), slow, {"precision": "bf16"})
+    assert shrink(emulated, slow, "auto") == ({}, [])
+
+
+def test_a_cpu_gets_all_its_threads_and_no_workers() -> None:
+    changes, _ = shrink(PLAN, named("rocinante"), "cpu")
+    assert (changes["num_workers"], changes["num_threads"]) == (0, 32)
+
+
 def test_threads_and_workers_shrink_to_what_the_machine_has() -> None:
     changes, _ = shrink(PLAN, machine(gpu("A100", 40), threads=3, ram_gib=128, shm_gib=64), "auto")
     assert changes == {"num_threads": 3, "num_workers": 1}
@@ -87,6 +99,8 @@ def test_a_plan_of_a_large_gpu_trains_on_this_machine_and_its_run_remembers_how(
     assert event["changes"]["device"] == "cpu"
     assert event["changes"]["precision"] in ("fp32", "bf16")
     assert any("device cuda -> cpu" in line for line in said)
+    trained = open_run(run)
+    assert trained.plan.precision == event["changes"]["precision"], "a run predicts as it was trained"
     train_on(plan, data, run, cache=tmp_path / "cache", warn=said.append)
     assert used[0] == used[1], "what was adapted is adapted again on resume"
     assert len([line for line in read_json_lines(run / "adaptations.jsonl") if line["event"] == "machine"]) == 1

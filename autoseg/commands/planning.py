@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autoseg.arguments import to_cells, to_instances, to_seconds, to_values, to_voxel_size
-from autoseg.commands.showing import EXIT_OK, cache_of, consoles, print_json, tell_cache
+from autoseg.commands.showing import EXIT_OK, cache_of, consoles, find_plan, print_json, tell_cache
 from autoseg.data.convert import import_volumes
 from autoseg.data.writer import ImportRequest
 from autoseg.errors import PlanError, counted
@@ -93,22 +93,22 @@ def run_plan(options: argparse.Namespace) -> int:
     out = options.out or Path("plans") / f"{hardware.name}.json"
     settings = _settings(options)
     if options.fingerprint:
-        facts = load_as(options.fingerprint, Fingerprint)
+        facts = load_as(own_or_shipped(options.fingerprint, "fingerprints"), Fingerprint)
     else:
         with terminal.progress(console) as progress:
             facts = fingerprint(options.data or Path("data"), cache_of(options), progress)
     terminal.warn(facts, console)
     evidence = read_evidence(options.scores) if options.scores else None
-    wanted = _by_resolution(facts, hardware, out, settings) if options.by_resolution else {out: settings}
-    plans = {path: make_plan(path.stem, facts, hardware, of_path, evidence) for path, of_path in wanted.items()}
+    wanted = _by_resolution(facts, hardware, out, settings) if options.by_resolution else {out: (settings, "")}
+    plans = {path: make_plan(path.stem, facts, hardware, of_path, evidence) for path, (of_path, _) in wanted.items()}
     for path, plan in plans.items():
         save(plan, path)
         results.print(terminal.plan_table(plan))
-        results.print(terminal.plan_summary(plan), style="bold")
+        results.print(wanted[path][1] or terminal.plan_summary(plan), style="bold")
         where = f" --data {options.data}" if options.data else ""
         results.print(f"wrote {path}; next: autoseg train --plan {path}{where}")
     tell_cache(options, console)
-    print_json(options, [*plans.values()] if options.by_resolution else plans[out])
+    print_json(options, {"plans": [*plans.values()]} if options.by_resolution else plans[out])
     return EXIT_OK
 
 
@@ -124,15 +124,21 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _by_resolution(
     facts: Fingerprint, hardware: Hardware, out: Path, settings: dict[str, Any]
-) -> dict[Path, dict[str, Any]]:
-    """Return for each group of classes the path of its plan, named by its voxel size, and its settings."""
+) -> dict[Path, tuple[dict[str, Any], str]]:
+    """Return for each group of classes the path of its plan, named by its voxel size, its settings, and why."""
+    for field in ("split.voxel_edge_nm", "name"):
+        if field in settings:
+            raise PlanError(f"--set {field}", "is what --by-resolution chooses for each plan", "leave out one of them")
     every = make_plan(out.stem, facts, hardware, settings | {"split.voxel_edge_nm": ANY_EDGE_NM})
-    groups = resolution_groups(facts, every.class_names)
-    return {
-        out.with_stem(f"{out.stem}-{group.edge_nm:.3g}nm"): settings
-        | {"classes.names": list(group.classes), "split.voxel_edge_nm": group.voxel_edge_nm}
-        for group in groups
-    }
+    found = {}
+    for group in resolution_groups(facts, every.class_names):
+        own = {
+            field: {name: v for name, v in value.items() if name in group.classes} if field.endswith(".*") else value
+            for field, value in settings.items()
+        }
+        own |= {"classes.names": list(group.classes), "split.voxel_edge_nm": group.voxel_edge_nm}
+        found[out.with_stem(f"{out.stem}-{group.edge_nm:.3g}nm")] = own, group.because
+    return found
 
 
 def _plan_difference(options: argparse.Namespace, results: Console) -> int:
@@ -184,7 +190,7 @@ def _difference_table(rows: list[tuple[str, Any, Any]], plans: tuple[Plan, Plan]
 def run_profile(options: argparse.Namespace) -> int:
     """Measure what a plan costs here."""
     console, results = consoles(options)
-    plan = load_as(own_or_shipped(options.plan, "plans"), Plan)
+    plan = find_plan(options, console)
     found = profile_plan(plan, options.data, cache_of(options), device=options.device, tell=console.print)
     _show_profile(found, results)
     print_json(options, found)

@@ -10,12 +10,11 @@ import msgspec
 from rich.console import Console
 
 from autoseg.arguments import to_interval, to_seconds, to_voxel_size
-from autoseg.commands.showing import EXIT_OK, EXIT_STOPPED, cache_of, consoles, print_json, tell_cache
+from autoseg.commands.showing import EXIT_OK, EXIT_STOPPED, cache_of, consoles, find_plan, print_json, tell_cache
 from autoseg.data.dataset import open_dataset
 from autoseg.data.em import measured_anew
 from autoseg.data.store import ChunkCache, checksums_in
 from autoseg.errors import DataError, PlanError
-from autoseg.plan import own_or_shipped
 from autoseg.predict import (
     Region,
     Trained,
@@ -43,7 +42,7 @@ from autoseg.schema import Plan, Scores, TunedDecode, load_as, read_json_lines, 
 def run_train(options: argparse.Namespace) -> int:
     """Train, resume, or try everything once."""
     console, results = consoles(options)
-    plan = load_as(own_or_shipped(options.plan, "plans"), Plan)
+    plan = find_plan(options, console)
     console.print(f"preparing to train {plan.name} on {options.data}")
     cache = cache_of(options)
     if options.fast_dev_run:
@@ -67,7 +66,9 @@ def run_train(options: argparse.Namespace) -> int:
         view.close()
     lines = read_json_lines(run / "log.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    results.print(terminal.verdict(outcome, losses, [line["mean_dice"] for line in lines if line.get("mean_dice")]))
+    results.print(
+        terminal.verdict(outcome, losses, [line["mean_dice"] for line in lines if line.get("mean_dice") is not None])
+    )
     if (run / "decode.json").is_file():
         results.print(terminal.threshold_line(load_as(run / "decode.json", TunedDecode), plan.decode.thresholds))
     if not outcome.stopped_by:

@@ -12,7 +12,9 @@ import msgspec
 from rich.console import Console
 
 from autoseg.data.codes import default_cache
+from autoseg.plan import own_or_shipped
 from autoseg.report import terminal
+from autoseg.schema import Plan, load_as
 
 EXIT_OK, EXIT_STOPPED = 0, 143
 
@@ -26,6 +28,14 @@ def cache_of(options: argparse.Namespace) -> Path:
     """Return the folder of the cache."""
     cache: Path = options.cache or default_cache()
     return cache
+
+
+def find_plan(options: argparse.Namespace, console: Console) -> Plan:
+    """Return the plan at the path of --plan, or the shipped one that it names, which is said."""
+    path = own_or_shipped(options.plan, "plans")
+    if path != options.plan:
+        console.print(f"there is no {options.plan}: the shipped {path} is used")
+    return load_as(path, Plan)
 
 
 def tell_cache(options: argparse.Namespace, console: Console) -> None:

@@ -28,7 +28,10 @@ DERIVED = (
 
 
 class Choice(NamedTuple):
-    """A decision: the value, why this one, and where the rule comes from."""
+    """A decision: the value, why this one, and where the rule comes from.
+
+    The value that a scored run advises may be a function of the draft.
+    """
 
     value: Any
     because: str
@@ -66,7 +69,7 @@ class Draft:
         advised = self.advice.get(field)
         if advised is None:
             return choice
-        value = advised.value
+        value = advised.value(self) if callable(advised.value) else advised.value
         if isinstance(value, dict):  # by class: those of this plan, and the user's word on each of them stands
             said = self.settings.get(f"{field}.*", {})
             value = {name: said.get(name, value.get(name, old)) for name, old in choice.value.items()}

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,25 @@ def read_evidence(path: Path) -> Evidence:
             if line.get("mean_dice") is not None and line.get("dice")
         ),
     )
+
+
+def carried_settings(plan: Plan) -> dict[str, Any]:
+    """Return what the user had set in the scored plan, by dotted field, so that the next plan starts from there."""
+    settings: dict[str, Any] = {}
+    for field in (reason.field for reason in plan.reasons if reason.source == "user"):
+        if field == "classes":
+            settings["classes.names"] = list(plan.class_names)
+        elif field in ("class_weights", "decode.thresholds"):
+            settings[f"{field}.*"] = functools.reduce(getattr, field.split("."), plan)
+        elif field not in ("split", "resolution", "dimensions"):
+            settings[field] = functools.reduce(getattr, field.split("."), plan)
+    if plan.split.rule == "user":
+        settings |= {"split.train": plan.split.train, "split.validate": plan.split.validate}
+    elif plan.split.folds is not None:
+        settings |= {"split.folds": plan.split.folds, "split.fold": plan.split.fold}
+    if plan.split.voxel_edge_nm is not None:
+        settings["split.voxel_edge_nm"] = plan.split.voxel_edge_nm
+    return settings
 
 
 def _run_of(path: Path, scores: Scores) -> Path:

@@ -16,7 +16,7 @@ from autoseg.plan import rules_sampling as sampling
 from autoseg.plan import rules_split
 from autoseg.plan import rules_training as training
 from autoseg.plan.draft import Choice, Draft, numbers
-from autoseg.plan.evidence import Evidence
+from autoseg.plan.evidence import Evidence, carried_settings
 from autoseg.plan.rules_scores import advise
 from autoseg.schema import (
     Augmentation,
@@ -33,6 +33,7 @@ from autoseg.schema import (
 )
 
 Rule = Callable[[Draft], Choice]
+LENGTH = {"budget_s", "optimizer.num_steps"}
 
 _LOSS_FIELDS = [name for name in Loss.__struct_fields__ if name != "kind"]
 _AUGMENTATION_FIELDS = [name for name in Augmentation.__struct_fields__ if name != "preset"]
@@ -125,12 +126,17 @@ def make_plan(
 
     Raises PlanError where a setting contradicts another, or nothing fits the machine.
     """
-    draft = Draft(fingerprint, hardware, settings, advise(evidence, fingerprint) if evidence else None)
+    advice = advise(evidence, fingerprint) if evidence else {}
+    asked, carried = settings, carried_settings(evidence.plan) if evidence else {}
+    if LENGTH & settings.keys():  # how long is the user's to say
+        advice, carried = ({f: v for f, v in found.items() if f not in LENGTH} for found in (advice, carried))
+    settings = {**{f: v for f, v in carried.items() if f.removesuffix(".*") not in advice}, **settings}
+    draft = Draft(fingerprint, hardware, settings, advice)
     _check_settings(settings, hardware)
     for field, rule in RULES:
         draft.decide(field, rule(draft))
         if field == "classes":
-            _check_class_settings(draft)
+            _check_class_settings(draft, asked)
         if field == "network.features":
             _check_network(draft)
     values = draft.nested()
@@ -163,10 +169,10 @@ def _check_settings(settings: Mapping[str, Any], hardware: Hardware) -> None:
         raise PlanError("network.features", f"{list(settings['network.features'])}", "give at least two levels")
 
 
-def _check_class_settings(draft: Draft) -> None:
+def _check_class_settings(draft: Draft, asked: Mapping[str, Any]) -> None:
     names = [entry.name for entry in draft["classes"]]
     for field in ("class_weights", "decode.thresholds"):
-        for name in draft.settings.get(f"{field}.*", {}):
+        for name in asked.get(f"{field}.*", {}):
             if name not in names:
                 near = nearest(name, names)
                 hint = f"did you mean {near}?" if near else f"the plan has {', '.join(names)}"

@@ -25,6 +25,7 @@ from autoseg.schema import CropFacts, Fingerprint
 MIN_VOXELS_ACROSS = 3.0
 LEAST_CROPS = 2
 FINER, COARSER = 4.0, 2.0  # crops of a group: labels up to four times finer than its size, and up to twice coarser
+HAIR = 1e-3
 
 
 class Group(NamedTuple):
@@ -54,9 +55,13 @@ def serving_range(facts: Fingerprint, names: Sequence[str]) -> tuple[float, floa
     groups = resolution_groups(facts, names)
     main = max(groups, key=lambda group: sum(_holds(crop, name) for crop in facts.crops for name in group.classes))
     held = [crop for crop in facts.crops if any(_holds(crop, name) for name in names)]
-    low, high = main.edge_nm / FINER, main.edge_nm * COARSER
-    edges = [cube_edge_nm(crop.voxel_size_nm) for crop in held]
-    return None if all(low <= edge <= high * (1 + 1e-6) for edge in edges) else main.voxel_edge_nm
+    return None if all(_serves(crop, main.edge_nm) for crop in held) else main.voxel_edge_nm
+
+
+def _serves(crop: CropFacts, edge_nm: float) -> bool:
+    """Return whether the labels of a crop are neither too fine nor too coarse for voxels of that edge."""
+    edge = cube_edge_nm(crop.voxel_size_nm)
+    return edge_nm / FINER * (1 - HAIR) <= edge <= edge_nm * COARSER * (1 + HAIR)
 
 
 def _group(facts: Fingerprint, names: list[str], wanted: dict[str, int]) -> Group:
@@ -64,27 +69,27 @@ def _group(facts: Fingerprint, names: list[str], wanted: dict[str, int]) -> Grou
     octaves = sorted({wanted[name] for name in names})
     crops = [crop for crop in facts.crops if any(_holds(crop, name) for name in names)]
     near = [crop for crop in crops if octaves[0] <= _octave(crop) <= octaves[-1]]
-    edge, _ = Counter(round(cube_edge_nm(crop.voxel_size_nm), 2) for crop in near).most_common(1)[0]
-    sizes = [cube_edge_nm(crop.voxel_size_nm) for crop in crops if edge / FINER <= cube_edge_nm(crop.voxel_size_nm)]
-    within = [size for size in sizes if size <= edge * COARSER]
+    sizes = [cube_edge_nm(crop.voxel_size_nm) for crop in near]
+    usual, _ = Counter(round(size, 2) for size in sizes).most_common(1)[0]
+    edge = next(size for size in sizes if round(size, 2) == usual)
+    within = [cube_edge_nm(crop.voxel_size_nm) for crop in crops if _serves(crop, edge)]
     thickness = {shape.name: shape.thickness_nm for shape in facts.shapes}
     known = sorted((q.p50, name) for name in names if (q := thickness.get(name)) is not None)
-    thinnest = f"the thinnest, {known[0][1]}, is {known[0][0]:.0f} nm thick" if known else "all wider than their crops"
-    because = (
-        f"{', '.join(names)}: {thinnest}; {counted(len(within), 'crop')} of {min(within):.3g} to {max(within):.3g} nm"
-    )
+    thinnest = f"the thinnest measured, {known[0][1]}, is {known[0][0]:.0f} nm thick" if known else "none is measured"
+    edges = f"{min(within):.3g} to {max(within):.3g} nm"
+    because = f"{', '.join(names)}: {thinnest}; {counted(len(within), 'crop')} of {edges}"
     return Group(edge, (min(within), max(within)), tuple(names), because)
 
 
 def _octave_wanted(facts: Fingerprint, name: str) -> int:
     """Return the coarsest octave of crops that hold the class at which it spans enough voxels, else the finest.
 
-    Of a class whose shape nobody measured it is the octave of most crops.
+    Of a class whose shape nobody measured it is the coarsest octave with half as many crops as any other has.
     """
     held = Counter(_octave(crop) for crop in facts.crops if _holds(crop, name))
     shape = next((shape for shape in facts.shapes if shape.name == name), None)
     if shape is None:
-        return min(held, key=lambda octave: (-held[octave], octave))
+        return max(octave for octave, number in held.items() if 2 * number >= max(held.values()))
     limit = math.inf if shape.thickness_nm is None else shape.thickness_nm.p50 / MIN_VOXELS_ACROSS
     enough = [octave for octave, number in held.items() if number >= LEAST_CROPS] or list(held)
     fits = [octave for octave in enough if 2.0**octave <= limit * math.sqrt(2)]

@@ -36,13 +36,22 @@ def choose_resolution(draft: Draft) -> Choice:
     if "split.voxel_edge_nm" in draft.settings:
         return Choice(draft.settings["split.voxel_edge_nm"], "set by the user", "user")
     names = [entry.name for entry in draft.fingerprint.classes if _positive(draft, entry.name) >= MIN_POSITIVE_VOXELS]
-    wanted = [name for name in draft.settings.get("classes.names", names) if name in names] or names
+    sets = cellmap_table().sets | draft.fingerprint.class_sets
+    asked = [member for name in draft.settings.get("classes.names", ()) for member in sets.get(name, (name,))]
+    wanted = [name for name in dict.fromkeys(asked or names) if name in names]
     edges = serving_range(draft.fingerprint, wanted) if wanted else None
     if edges is None:
         return Choice(None, "the labels of all crops are of like voxel sizes", "fingerprint")
-    used = sum(within(crop.voxel_size_nm, edges) for crop in draft.fingerprint.crops)
-    because = f"{used} of {len(draft.fingerprint.crops)} crops have labels of {edges[0]:.3g} to {edges[1]:.3g} nm; "
-    return Choice(edges, because + "coarser ones would be blown up: plan --by-resolution uses them", "fingerprint")
+    crops = draft.fingerprint.crops
+    out = [crop for crop in crops if not within(crop.voxel_size_nm, edges)]
+    groups = resolution_groups(draft.fingerprint, wanted)
+    lost = [crop for crop in out if not any(within(crop.voxel_size_nm, group.voxel_edge_nm) for group in groups)]
+    because = (
+        f"{len(crops) - len(out)} of {len(crops)} crops have labels of {edges[0]:.3g} to {edges[1]:.3g} nm, which "
+    )
+    because += "one voxel size serves"
+    because += f"; plan --by-resolution uses {len(out) - len(lost)} more" if len(out) > len(lost) else ""
+    return Choice(edges, because + (f"; no plan uses the other {len(lost)}" if lost else ""), "fingerprint")
 
 
 def choose_classes(draft: Draft) -> Choice:
@@ -76,7 +85,7 @@ def _classes_asked(draft: Draft, wanted: list[str], positives: dict[str, int], l
     for name in wanted:
         if name in known:
             if positives[name] == 0:
-                raise PlanError(f"--classes {name}", "has no positive voxel in this data", "leave it out")
+                raise PlanError(f"--classes {name}", *_not_there(draft, name))
             chosen.append(name)
         elif name in sets:
             members = [member for member in sets[name] if member in learnable]
@@ -90,6 +99,15 @@ def _classes_asked(draft: Draft, wanted: list[str], positives: dict[str, int], l
             raise PlanError(f"--classes {name}", "is not annotated in this data", hint)
     missing = f"; of the set not in this data: {', '.join(dict.fromkeys(left))}" if left else ""
     return Choice(tuple(known[name] for name in dict.fromkeys(chosen)), "set by the user" + missing, "user")
+
+
+def _not_there(draft: Draft, name: str) -> tuple[str, str]:
+    """Return why a class cannot be trained, and what to do."""
+    edges = draft["resolution"]
+    if edges is None or _positive(draft, name) == 0:
+        return "has no positive voxel in this data", "leave it out"
+    what = f"has no positive voxel in crops of {edges[0]:.3g} to {edges[1]:.3g} nm, which the other classes want"
+    return what, "plan --by-resolution, or ask for it alone"
 
 
 def choose_em_voxel_size(draft: Draft) -> Choice:
@@ -222,7 +240,7 @@ def _solid_edge(draft: Draft) -> tuple[int, str]:
     room, name = usable_bytes(draft)
     most = 0.7 * room / 2 / (SOLID_BYTES + SOLID_BYTES_A_CLASS * len(draft["classes"]))
     edge = max((e for e in SOLID_EDGES if e**3 <= most), default=SOLID_EDGES[-1])
-    return edge, f"two patches of {edge}³ leave a third of the {room / 2**30:.1f} GiB of {name} free"
+    return edge, f"edges up to {edge}, so that two patches leave room in the {room / 2**30:.1f} GiB of {name}"
 
 
 def choose_input_slices(draft: Draft) -> Choice:
@@ -241,7 +259,9 @@ def choose_normalization(draft: Draft) -> Choice:
     measured = [(v.name, v.intensity) for v in draft.fingerprint.volumes if v.intensity is not None]
     example = "".join(f" ({name}: {grey.mean:.0f} ± {grey.sd:.0f})" for name, grey in measured[:1])
     because = f"by mean and sd of each volume{example}, never of a patch"
-    return Choice("volume", because, "per-patch scaling shifts grey values (origin experiments)")
+    return Choice(
+        "volume", because, "per-patch scaling shifts grey values (seen in the CellMap loss experiments, Shan-CU)"
+    )
 
 
 def choose_volume_greys(draft: Draft) -> Choice:

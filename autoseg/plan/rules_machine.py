@@ -132,10 +132,12 @@ def choose_ram(draft: Draft) -> Choice:
     """Return the predicted host memory, in bytes."""
     on_host = draft["predicted_memory_bytes"] if draft["device"] == "cpu" else 0
     workers = draft["num_workers"] * WORKER_BYTES
-    because = (
-        f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {counted(draft['num_workers'], 'worker')} + the step on the CPU"
-    )
-    return Choice(BASE_PROCESS_BYTES + workers + on_host, because, "measured: 0.8 GiB at peak, VNC plan")
+    because = f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {counted(draft['num_workers'], 'worker')}"
+    if draft["device"] == "cpu":
+        because, source = f"{because} + the step", "measured: 0.8 GiB at peak, VNC plan"
+    else:
+        because, source = f"{because} of {WORKER_BYTES / GIB:.1f} GiB", "estimated"
+    return Choice(BASE_PROCESS_BYTES + workers + on_host, because, source)
 
 
 def choose_step_s(draft: Draft) -> Choice:
@@ -171,6 +173,8 @@ def choose_budget(draft: Draft) -> Choice:
     """Return the seconds of training."""
     if draft.settings.get("optimizer.num_steps"):
         return Choice(None, "optimizer.num_steps is set instead", "user")
+    if "optimizer.num_steps" in draft.advice:
+        return Choice(None, "optimizer.num_steps is planned instead", draft.advice["optimizer.num_steps"].source)
     hours = DEFAULT_BUDGET_S[draft["device"]] / 3600
     return Choice(DEFAULT_BUDGET_S[draft["device"]], f"no --budget given: {hours:g} h on this device", "default")
 

@@ -60,8 +60,10 @@ def choose_crops_per_step(draft: Draft) -> Choice:
     em_bytes = _em_bytes(draft)
     if em_bytes <= CHUNK_CACHE_BYTES:
         return Choice(patches, "a place for each patch: the EM of all crops stays decoded", "chunk cache of a process")
-    because = f"up to two of {patches} patches from a place: {em_bytes / 2**20:.0f} MiB of EM do not stay decoded"
-    return Choice(max(min(2, patches), -(-patches // 2)), because, "chunk cache of a process")
+    places = max(min(2, patches), -(-patches // 2))
+    because = f"up to {-(-patches // places)} of {counted(patches, 'patch')} from a place: "
+    because += f"{em_bytes / 2**20:.0f} MiB of EM do not stay decoded"
+    return Choice(places, because, "chunk cache of a process")
 
 
 def _em_bytes(draft: Draft) -> int:

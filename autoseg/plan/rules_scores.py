@@ -2,8 +2,8 @@
 
 Training comes first: a run that was cut short, never left its warm-up or was still improving says nothing about loss,
 weights or sampling, so only its length changes. The thresholds are far outside the noise of repeated runs (sd of .013
-of the mean Dice, .02 to .03 of a class, in the origin experiments); which change helps is the origin experiments'
-decision tree, and unmeasured.
+of the mean Dice, .02 to .03 of a class, in the CellMap experiments of Shan-CU); which change helps is the decision
+tree of those experiments, and unmeasured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autoseg.errors import counted
-from autoseg.plan.draft import Choice
+from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.evidence import Evidence
 from autoseg.schema import ClassScore, Fingerprint
 
@@ -38,8 +38,9 @@ def advise(evidence: Evidence, fingerprint: Fingerprint) -> Advice:
     if length:
         return advice | length
     for rule in (_unstable_early, _never_found, _lopsided, _unstable_classes, _cut_by_patch):
-        for field, choice in rule(evidence, fingerprint).items():
-            advice.setdefault(field, choice)
+        found = rule(evidence, fingerprint)
+        if not advice.keys() & found.keys():  # of two rules that want one field the first is followed, as a whole
+            advice |= found
     return advice
 
 
@@ -97,11 +98,15 @@ def _never_found(evidence: Evidence, _: Fingerprint) -> Advice:
     plan = evidence.plan
     what = "; ".join(f"{name}: recall {evidence.scores.per_class[name].recall:.3f}" for name in lost)
     weights = {n: min(MOST_WEIGHT, w * (2 if n in lost else 1)) for n, w in plan.class_weights.items()}
-    most = plan.sampling.class_centred_fraction / len(plan.classes)
+
+    def floor(draft: Draft) -> float:
+        most: float = draft["sampling.class_centred_fraction"] / len(draft["classes"])
+        return min(most, 2 * plan.sampling.class_floor)
+
     gamma = 5.0 if plan.loss.kind == "focal_dice" and plan.loss.focal_gamma >= 3 else 3.0
     return {
         "class_weights": _choice(evidence, weights, what),
-        "sampling.class_floor": _choice(evidence, min(most, 2 * plan.sampling.class_floor), what),
+        "sampling.class_floor": _choice(evidence, floor, what),
         "loss.kind": _choice(evidence, "focal_dice", what),
         "loss.focal_gamma": _choice(evidence, gamma, what),
     }

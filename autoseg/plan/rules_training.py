@@ -173,7 +173,7 @@ def choose_warmup(draft: Draft) -> Choice:
     """Return the share of the run that warms up."""
     if draft["schedule.kind"] == "one_cycle":
         return Choice(0.3, "one cycle climbs for a third of the run", "Smith and Topin 2018")
-    return Choice(0.05, "short, and certain to be left", "origin experiments never left theirs")
+    return Choice(0.05, "short, and certain to be left", "the CellMap loss experiments (Shan-CU) never left theirs")
 
 
 def choose_validation_rounds(draft: Draft) -> Choice:
@@ -189,7 +189,7 @@ def choose_tolerance(draft: Draft) -> Choice:
     if draft["split"].rule == "box":
         because = f"one box is a noisy judge: {because}, which saw the lowest rate"
         return Choice(0.1, because, "VNC, once: the box preferred step 334 of 1,000 by .016; the last had .049 more")
-    return Choice(0.01, because, "noise band .013 (origin experiments)")
+    return Choice(0.01, because, "noise band .013 of five equal runs (CellMap class-weighting experiments, Shan-CU)")
 
 
 def choose_tile(draft: Draft) -> Choice:

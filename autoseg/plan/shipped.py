@@ -38,8 +38,9 @@ def _installed() -> list[Path]:
 
 
 def own_or_shipped(path: Path, kind: Kind) -> Path:
-    """Return the path if there is such a file, else the shipped file of that name, else the path."""
-    return path if path.exists() else shipped_files(kind).get(path.stem, path)
+    """Return the path if that file exists, else the shipped one that NAME or plans/NAME.json means, else the path."""
+    wanted = path.parent in (Path(), Path("plans"), Path("plans") / kind) and path.suffix in ("", ".json")
+    return path if path.exists() or not wanted else shipped_files(kind).get(path.stem, path)
 
 
 def hardware_file(name: str) -> Path:

@@ -34,17 +34,26 @@ def shrink(plan: Plan, hardware: Hardware, device: str) -> tuple[dict[str, Any],
         return {}, []  # a device that is not there, which training refuses
     if kind != plan.device:
         change("device", kind, f"{hardware.name} has no GPU" if not hardware.gpus else f"--device {device}")
-    precision = _precision(plan.precision, hardware, kind)
+    precision = _precision(plan, hardware, kind)
     if precision != plan.precision:
-        change("precision", precision, f"the {kind.upper()} has no {plan.precision}")
+        change("precision", precision, f"the {kind.upper()} here has no {plan.precision}")
     _fit_memory(plan, hardware, kind, precision, change)
+    _fit_processes(plan, hardware, kind, change)
+    return changes, because
+
+
+def _fit_processes(plan: Plan, hardware: Hardware, kind: str, change: Any) -> None:
+    """Give a CPU all its threads and no workers; else no more of either than the machine has."""
+    if kind == "cpu" != plan.device:
+        change("num_threads", hardware.cpu_threads, "the CPU computes")
+        change("num_workers", 0, "a worker would take its thread from the network")
+        return
     if plan.num_threads > hardware.cpu_threads:
         change("num_threads", hardware.cpu_threads, f"{hardware.name} has {hardware.cpu_threads}")
     batch_bytes = 4 * math.prod(plan.patch_size_zyx) * plan.batch_size * plan.accumulate_batches
     workers, why = workers_on(hardware, batch_bytes * (plan.input_slices + 1))
     if plan.num_workers > workers and _smaller(hardware, plan.hardware):  # on its own machine they were chosen
         change("num_workers", workers, why)
-    return changes, because
 
 
 def _smaller(hardware: Hardware, planned: Hardware) -> bool:
@@ -53,14 +62,20 @@ def _smaller(hardware: Hardware, planned: Hardware) -> bool:
     return any(here < there for here, there in (*pairs, (hardware.shm_bytes, planned.shm_bytes)))
 
 
-def _precision(planned: str, hardware: Hardware, kind: str) -> str:
-    """Return the number format nearest to the planned one that the device computes in natively."""
+def _precision(plan: Plan, hardware: Hardware, kind: str) -> str:
+    """Return the number format nearest to the planned one that the device computes in natively.
+
+    What the user chose for a device without it stays on such a device.
+    """
+    if plan.precision == "fp32":
+        return "fp32"
     if kind == "cpu":
-        return "bf16" if planned != "fp32" and hardware.cpu_bf16 else "fp32"
-    gpu = hardware.gpus[0] if hardware.gpus else None
-    if planned == "bf16" and gpu is not None and not gpu.bf16:
-        return "fp16" if gpu.fp16 else "fp32"
-    return planned
+        chosen = plan.device == "cpu" and not plan.hardware.cpu_bf16
+        return plan.precision if chosen else "bf16" if hardware.cpu_bf16 else "fp32"
+    here, there = hardware.gpus[0], plan.hardware.gpus[:1]
+    if plan.precision == "bf16" and not here.bf16 and all(gpu.bf16 for gpu in there):
+        return "fp16" if here.fp16 else "fp32"
+    return plan.precision
 
 
 def _fit_memory(plan: Plan, hardware: Hardware, kind: str, precision: str, change: Any) -> None:

@@ -29,7 +29,7 @@ from autoseg.model.windows import Predictor, find_device
 from autoseg.predict.decode import to_labels
 from autoseg.predict.ledger import LEDGER_VERSION, Stored, claim, claim_region, read_ledger, record
 from autoseg.predict.volumes import Region
-from autoseg.schema import Plan, TunedDecode, load_as
+from autoseg.schema import Plan, TunedDecode, used_plan
 
 CACHE_BYTES = 256 * 2**20
 SMALLEST_EDGE = 16
@@ -53,7 +53,7 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     """Load the plan and the averaged weights of a run; `which` is best, last or the path of a checkpoint."""
     if not (run / "plan.json").is_file():
         raise CheckpointError(run, "is not a run (no plan.json)", "pass the folder given to `autoseg train --run`")
-    plan = load_as(run / "plan.json", Plan)
+    plan = used_plan(run)
     folder = checkpoint.find(run / "checkpoints", which) if which in ("best", "last") else Path(which)
     if not (folder / checkpoint.HEADER).is_file():
         raise CheckpointError(folder, "there is no such checkpoint", "train first, or choose --checkpoint last")

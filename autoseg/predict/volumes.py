@@ -75,8 +75,8 @@ def file_region(plan: Plan, spec: str, scratch: Path, voxel_size_nm: NmZYX | Non
     """Return the EM of a zarr group, or of a TIFF, HDF5, NIfTI, npy or PNG file copied into `scratch` first.
 
     `voxel_size_nm` is for a file that declares a wrong one; without it, a file that declares none is taken to have
-    that of the EM the plan was made for. The copy belongs to
-    the caller alone, who removes it when done (`drop_copy`): it is cheap to make again beside the prediction.
+    that of the EM the plan was made for. The copy belongs to the caller alone, who removes it when done (`drop_copy`):
+    it is cheap to make again beside the prediction.
     """
     path = Path(spec)
     if path.is_dir():

@@ -23,6 +23,7 @@ import torch
 
 from autoseg.data.dataset import open_dataset
 from autoseg.errors import counted
+from autoseg.plan import probe_hardware, shrink
 from autoseg.plan.hardware import usable_threads
 from autoseg.schema import Plan, Profile, WorkerTrial, check_plan
 from autoseg.train import batches, make_step
@@ -56,6 +57,10 @@ def profile_plan(
     DATA and runs are not written to; label codes go to the cache, as for every command.
     """
     check_plan(plan, plan.name)
+    changes, told = shrink(plan, probe_hardware(measure_speed=False), device)
+    for line in told:
+        tell(f"adapted to this machine: {line}")
+    plan = msgspec.structs.replace(plan, **changes)
     check_data(plan, open_dataset(data))
     target = device_of(device, plan)
     alone, made = _rate_alone(plan, data, cache, trial_s)

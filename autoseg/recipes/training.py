@@ -56,7 +56,7 @@ def _changes(plan: Plan, run: Path, device: str, warn: Warn) -> tuple[dict[str, 
     if not more:
         return changes, []
     for line in because:
-        warn(f"this machine is smaller than the one planned for: {line}")
+        warn(f"adapted to this machine: {line}")
     changes |= more
     return changes, [{"event": "machine", "changes": changes, "because": because}]
 
@@ -112,6 +112,8 @@ def _tell_measured(plan: Plan, facts: Fingerprint, data: Path, cache: Path, warn
 def _split_for(plan: Plan, facts: Fingerprint, data: Path, warn: Warn) -> Split:
     """Return the plan's split if every region of it exists in this data, else derive it by the plan's rule."""
     crops = split_crops(facts, plan.class_names, plan.split.voxel_edge_nm)
+    if not crops:
+        raise PlanError(data, f"has no crop of the voxel sizes that {plan.name} trains on", "plan anew for this data")
     shapes = {crop.name: crop.shape_zyx for crop in crops}
     regions = (*plan.split.train, *plan.split.validate)
     fits = all(

@@ -31,6 +31,7 @@ from autoseg.schema.files import (
     read_json_lines,
     save,
     sha256,
+    used_plan,
     write_atomically,
 )
 from autoseg.schema.plans import (
@@ -115,5 +116,6 @@ __all__ = [
     "read_json_lines",
     "save",
     "sha256",
+    "used_plan",
     "write_atomically",
 ]

@@ -167,6 +167,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def used_plan(run: Path) -> Plan:
+    """Return the plan of a run with what training had to change of it for its machine (adaptations.jsonl)."""
+    plan = load_as(run / "plan.json", Plan)
+    changes = [event["changes"] for event in read_json_lines(run / "adaptations.jsonl") if event["event"] == "machine"]
+    return msgspec.structs.replace(plan, **changes[-1]) if changes else plan
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
