@@ -16,8 +16,11 @@ from autoseg.train.step import Learner
 from autoseg.train.validation import Validator
 
 WARM_UP_STEPS = 2
-TIMED_STEPS, LEAST_TIMED = 12, 3
-MAX_TRIAL_SHARE = 0.1  # of the budget, once the least steps are timed
+LEAST_TIMED, USUAL_TIMED, MOST_TIMED = 3, 12, 100
+TRIAL_SHARE, MAX_TRIAL_SHARE = (
+    0.03,
+    0.1,
+)  # of the budget: what timing takes, and may take until the usual steps are done
 FEW_STEPS = 50
 BUDGET_USED = 0.97
 MAX_VALIDATION_SHARE = 0.1
@@ -41,7 +44,7 @@ def fit_length(source: StepDataset, run: Path, validator: Validator, device: tor
         return Length(int(before["num_steps"]), int(before["num_rounds"]))
     assert plan.budget_s is not None
     start = time.perf_counter()
-    step_s, validation_s = _measure(source, validator, device, start + MAX_TRIAL_SHARE * plan.budget_s)
+    step_s, validation_s = _measure(source, validator, device)
     left = BUDGET_USED * plan.budget_s - (time.perf_counter() - start)
     affordable = max(1, int(MAX_VALIDATION_SHARE * left / max(validation_s, 1e-6)))
     num_rounds = min(plan.validation.num_rounds, affordable)
@@ -72,7 +75,7 @@ def _remark(plan: Plan, num_steps: int, step_s: float) -> str | None:
     return f"{what}; to have more, free the machine or plan with a longer --budget, and train into another --run"
 
 
-def _measure(source: StepDataset, validator: Validator, device: torch.device, until_s: float) -> tuple[float, float]:
+def _measure(source: StepDataset, validator: Validator, device: torch.device) -> tuple[float, float]:
     """Return (seconds of a step with its batch, seconds of a validation) on a throw-away network."""
     plan = source.plan
     trial, batches = Learner(plan, 10**6, device), source.batches(0, 10**6)
@@ -80,12 +83,15 @@ def _measure(source: StepDataset, validator: Validator, device: torch.device, un
     for step in range(WARM_UP_STEPS + queued):
         trial.step(step, next(batches))
     times = []
-    for step in range(TIMED_STEPS + queued):
-        if step >= LEAST_TIMED + queued and time.perf_counter() > until_s:
-            break
+    began = time.perf_counter()
+    for step in range(MOST_TIMED + queued):
+        if step - queued >= LEAST_TIMED:
+            share = TRIAL_SHARE if step - queued >= USUAL_TIMED else MAX_TRIAL_SHARE
+            if time.perf_counter() - began > share * (plan.budget_s or 0.0):
+                break
         start = time.perf_counter()
         trial.step(step, next(batches))
         times.append(time.perf_counter() - start)
-    # Workers deliver in bursts, so their mean counts; without them a slow step read chunks that later ones need not.
-    step_s = statistics.fmean(times) if plan.num_workers else statistics.median(times)
+    # Workers deliver in bursts, so their mean counts; without them the first steps read chunks that later ones find.
+    step_s = statistics.fmean(times) if plan.num_workers else statistics.median(times[len(times) // 2 :])
     return step_s, validator.seconds(trial.averaged_network(), device)
