@@ -439,6 +439,29 @@ def test_timing_steps_takes_a_share_of_the_budget_at_most(
     assert re.match(rf"only {length.num_steps} steps fit into 40 s, a step takes 1 s .*busy.*too few", length.remark)
 
 
+def test_steps_are_timed_for_three_percent_of_a_long_budget_and_slow_first_ones_do_not_count(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first dozen steps, which read every chunk for the first time, once told 20 % too much."""
+    clock, steps = [0.0], [0]
+
+    def step(self: Learner, number: int, batch: Any) -> None:
+        steps[0] += 1
+        clock[0] += 3.0 if steps[0] <= 10 else 1.0
+
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Validator, "seconds", lambda *_: 0.0)
+    source = StepDataset(tiny_plan(*place, {"optimizer.num_steps": None, "budget_s": 1000.0}), *place)
+    validator = Validator(source.plan, open_dataset(place[0]), place[1], 2**20)
+    source.first()
+    length = budget.fit_length(source, tmp_path, validator, torch.device("cpu"))
+    assert budget.WARM_UP_STEPS + budget.USUAL_TIMED < steps[0] < 40
+    spent = clock[0]
+    assert 30 < spent < 45
+    assert length.num_steps == int(0.97 * 1000 - spent), "at one second a step"
+
+
 def test_a_run_long_enough_and_as_fast_as_planned_has_no_remark(place: tuple[Path, Path]) -> None:
     plan = tiny_plan(*place, {"optimizer.num_steps": None, "budget_s": 40.0})
     plan = msgspec.structs.replace(plan, predicted_step_s=0.4)
