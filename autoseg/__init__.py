@@ -14,7 +14,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      fingerprint.py · hardware.py · planner.py (the order of the rules) · draft.py
     │                      rules_data.py · rules_split.py · rules_sampling.py · rules_network.py
     │                      rules_machine.py · rules_training.py · evidence.py, rules_scores.py (of a run)
-    │                      resolution.py (groups of classes) · shipped.py · shrink.py (a smaller machine)
+    │                      extents.py (full patches) · resolution.py (groups of classes)
+    │                      shipped.py · shrink.py (a smaller machine)
     │                      (each: value, because, source)
     ├── train/             DOING IT
     │                      turns.py (whose turn) · sources.py (a crop) · patches.py (batch of step s) · loader.py
@@ -26,8 +27,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── evaluate/          HOW GOOD IT IS
     │                      scores.py
     ├── report/            SHOWING IT
-    │                      terminal.py · page.py: artifacts.py results.py training.py decisions.py sections.py
-    │                      panels.py figures.py html.py style.py palette.py png.py
+    │                      terminal.py data_tables.py · page.py: artifacts.py results.py training.py
+    │                      decisions.py sections.py panels.py figures.py html.py style.py palette.py png.py
     │
     ├── model/             THE MACHINE
     │                      networks.py · sums.py losses.py · windows.py (inference) · memory.py (traced) · checkpoint.py
@@ -46,6 +47,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── schema/            every artifact as a frozen record
     │                      records.py · facts.py · plans.py · results.py · files.py · checks.py · events.py
     ├── geometry.py        boxes, grids, tiles; lengths in nm
+    ├── limits.py          threads and RAM that this process may use
     └── errors.py          DataError, PlanError, CheckpointError
 """
 

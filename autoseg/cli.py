@@ -24,6 +24,7 @@ from rich_argparse import RawDescriptionRichHelpFormatter
 
 from autoseg import __version__
 from autoseg.errors import AutosegError
+from autoseg.limits import size_thread_pools
 
 EXIT_OK, EXIT_USER, EXIT_STOPPED = 0, 2, 143
 SIGNAL_ECHO_S = 1.0
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_OK
     try:
         with _sigterm_as_ctrl_c():
+            size_thread_pools(getattr(options, "plan", None))
             from autoseg import commands
 
             code: int = getattr(commands, f"run_{options.command}")(options)
@@ -215,6 +217,9 @@ def _plan(commands: _Commands) -> None:
     parser.add_argument("--out", type=Path, metavar="PLAN", help="default: plans/<host name>.json")
     parser.add_argument("--fingerprint", type=Path, metavar="F", help="plan from a fingerprint instead of DATA")
     parser.add_argument("--hardware", default="local", help="local, a shipped machine such as rocinante, or a file")
+    parser.add_argument(
+        "--side-by-side", type=int, default=1, metavar="N", help="plan for one of N runs that share the machine"
+    )
     parser.add_argument("--budget", metavar="TIME", help="training time such as 90s, 10m, 2h")
     parser.add_argument("--classes", metavar="a,b", help="train these classes, or sets such as cellmap-48, only")
     parser.add_argument(

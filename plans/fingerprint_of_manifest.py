@@ -15,6 +15,7 @@ from pathlib import Path
 
 from autoseg.data.classes import cellmap_table, select
 from autoseg.geometry import NmZYX, VoxelsZYX
+from autoseg.plan.extents import valid_shares
 from autoseg.schema import CropFacts, Fingerprint, Frequency, VolumeFacts, save
 
 SOURCE = "train_crop_manifest.csv of the CellMap challenge; classes were not counted, grey values not measured"
@@ -99,6 +100,7 @@ def main() -> None:
         classes=select(table, [entry.name for entry in table.classes if entry.name in annotated]),
         disjoint=table.disjoint,
         frequencies={name: Frequency(share=share, source=IN_CROPS) for name, share in REPORTED.items()},
+        valid_shares=valid_shares(crops),
         source=SOURCE,
     )
     save(found, options.out)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from autoseg import limits
 from autoseg.plan import hardware
 
 GIB = 2**30
@@ -17,7 +18,7 @@ V2 = ["0::/pod/job"]
 @pytest.fixture(autouse=True)
 def _large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
+    monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
 
 
 def machine_of(root: Path, groups: list[str], files: dict[str, str]) -> Path:
@@ -51,7 +52,7 @@ def machine_of(root: Path, groups: list[str], files: dict[str, str]) -> Path:
 def test_threads_are_cut_by_the_smallest_quota(
     tmp_path: Path, groups: list[str], files: dict[str, str], threads: int
 ) -> None:
-    assert hardware.usable_threads(machine_of(tmp_path, groups, files)) == threads
+    assert limits.usable_threads(machine_of(tmp_path, groups, files)) == threads
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_threads_are_cut_by_the_smallest_quota(
 def test_ram_is_cut_by_the_smallest_limit(
     tmp_path: Path, groups: list[str], files: dict[str, str], ram_gib: int
 ) -> None:
-    assert hardware.usable_ram_bytes(machine_of(tmp_path, groups, files)) == ram_gib * GIB
+    assert limits.usable_ram_bytes(machine_of(tmp_path, groups, files)) == ram_gib * GIB
 
 
 @pytest.mark.parametrize(

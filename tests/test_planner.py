@@ -395,7 +395,9 @@ def test_decoded_em_is_counted_in_bytes_of_the_level_that_is_read() -> None:
 def test_labels_finer_than_their_em_are_not_said_to_have_its_voxel_size() -> None:
     plan = make_plan("a", with_em(facts((64, 64, 64), (2.0, 2.0, 2.0)), (4.0, 4.0, 4.0), (64, 64, 256)), machine(), {})
     assert plan.voxel_size_nm == (4.0, 4.0, 4.0)
-    assert reason(plan, "voxel_size_nm").startswith("100% of what is annotated, by crop and class, has it (that of")
+    assert reason(plan, "voxel_size_nm").startswith(
+        "100% of what is annotated, by crop and class, has 4x4x4 nm (that of"
+    )
     own = make_plan("a", facts((64, 64, 64), (4.0, 4.0, 4.0)), machine(), {})
     assert reason(own, "voxel_size_nm") == "100% of what is annotated, by crop and class, has it"
 

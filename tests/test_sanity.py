@@ -27,7 +27,7 @@ from autoseg.data.traits import ClassTraits, CropTraits, measure
 from autoseg.data.writer import ImportRequest
 from autoseg.geometry import Box, Grid, VoxelsZYX
 from autoseg.plan import fingerprint
-from autoseg.report import terminal
+from autoseg.report import data_tables, terminal
 from autoseg.schema import ClassCount, CropFacts, Finding, Fingerprint, Intensity, VolumeFacts
 
 SHAPE: VoxelsZYX = (40, 144, 144)
@@ -405,7 +405,7 @@ def test_findings_and_contradictions_are_printed_with_names(
     write_label(crop_path(tmp_path, "d", "crop1"), "hchrom", 1 - nuc, grid)
     facts = fingerprint(tmp_path, tmp_path / "cache")
     alarm = Finding(where="d/crop1", kind="shifted", what="labels are off", numbers={"z": 1.0}, remedy="look at it")
-    terminal.warn(msgspec.structs.replace(facts, findings=(alarm,)), terminal.make_console())
+    data_tables.warn(msgspec.structs.replace(facts, findings=(alarm,)), terminal.make_console())
     printed = capsys.readouterr().err
     assert "d/crop1: 16,384 voxels contradict the class table, annotation wins" in printed
     assert "hchrom where nuc is absent (16,384)" in printed

@@ -18,7 +18,8 @@ from autoseg.data.dataset import open_dataset
 from autoseg.data.shapes import ShapeSample, instance_sizes, measure_shape, pool_shape, thickness
 from autoseg.geometry import Grid, NmZYX, VoxelsZYX
 from autoseg.plan import fingerprint
-from autoseg.report.terminal import fingerprint_table, make_console
+from autoseg.report.data_tables import class_table
+from autoseg.report.terminal import make_console
 from autoseg.schema import ClassShape, Fingerprint
 
 SIZES: list[NmZYX] = [(1.74, 2.0, 2.0), (4.0, 4.0, 4.0), (4.0, 6.0, 5.0), (8.0, 8.0, 8.0), (50.0, 4.6, 4.6)]
@@ -241,7 +242,7 @@ def test_the_table_shows_thickness_and_instances(tmp_path: Path, capsys: pytest.
     facts = fingerprint(ball_data(tmp_path / "data", crops=1)[0], tmp_path / "cache")
     console = make_console()
     console.width = 200
-    console.print(fingerprint_table(facts))
+    console.print(class_table(facts))
     shown = capsys.readouterr().err
     assert "24 (24–24)" in shown
     shape = by_name(facts)["ves"]

@@ -14,7 +14,7 @@ from test_planner import facts
 
 from autoseg.errors import PlanError
 from autoseg.plan import make_plan, shipped
-from autoseg.schema import Fingerprint, Hardware, Plan, load_as, save
+from autoseg.schema import Fingerprint, Plan, load_as, save
 
 ROOT = Path(__file__).parents[1]
 MACHINES = {
@@ -35,7 +35,7 @@ def test_every_machine_is_shipped_as_it_is_known() -> None:
     files = shipped.shipped_files("hardware")
     assert set(files) == set(MACHINES)
     for name, (num_gpus, gib, threads, ram_gb) in MACHINES.items():
-        found = load_as(shipped.hardware_file(name), Hardware)
+        found = shipped.read_hardware(name)
         assert found.name == name
         assert len(found.gpus) == num_gpus
         assert all(gpu.memory_bytes == int(gib * 2**30) for gpu in found.gpus)
@@ -44,7 +44,7 @@ def test_every_machine_is_shipped_as_it_is_known() -> None:
 
 @pytest.mark.parametrize(("name", "precision"), [("shenron", "fp16"), ("v100-16", "fp16"), ("h100-80", "bf16")])
 def test_a_plan_for_a_shipped_machine_fits_it(name: str, precision: str) -> None:
-    hardware = load_as(shipped.hardware_file(name), Hardware)
+    hardware = shipped.read_hardware(name)
     plan = make_plan(name, facts(), hardware, {})
     assert plan.precision == precision
     assert plan.predicted_memory_bytes < 0.9 * hardware.gpus[0].memory_bytes
@@ -60,7 +60,7 @@ SHIPPED_PLANS = ("rocinante", "shenron", "rtx4090", "l40s", "a100-40", "a100-80"
 def test_a_shipped_plan_is_what_the_planner_makes_of_the_shipped_fingerprint_and_machine(name: str) -> None:
     """After a wanted change run with AUTOSEG_WRITE_GOLDEN=1 (`-m ''` for all) and look at `autoseg plan --diff`."""
     found = load_as(shipped.shipped_files("fingerprints")["cellmap"], Fingerprint)
-    hardware = load_as(shipped.hardware_file(name), Hardware)
+    hardware = shipped.read_hardware(name)
     plan = make_plan(name, found, hardware, {})
     path = ROOT / f"plans/{name}.json"
     if os.environ.get("AUTOSEG_WRITE_GOLDEN"):
@@ -90,9 +90,9 @@ def test_the_shipped_fingerprint_is_the_challenge_s_and_says_what_it_does_not_kn
 
 def test_a_name_that_is_no_machine_is_refused_with_the_nearest() -> None:
     with pytest.raises(PlanError, match="did you mean 'rocinante'"):
-        shipped.hardware_file("rosinante")
+        shipped.read_hardware("rosinante")
     with pytest.raises(PlanError, match="pass a file, or one of local, a100-40"):
-        shipped.hardware_file("a-mainframe")
+        shipped.read_hardware("a-mainframe")
 
 
 def test_a_file_of_ones_own_wins_over_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

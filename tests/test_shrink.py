@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 def named(name: str) -> Hardware:
-    return load_as(shipped.hardware_file(name), Hardware)
+    return shipped.read_hardware(name)
 
 
 def test_on_its_own_machine_and_on_a_larger_one_nothing_changes() -> None:

@@ -14,7 +14,7 @@ from test_planner import facts, tiny_facts_plan
 
 from autoseg.errors import counted
 from autoseg.evaluate import summarize
-from autoseg.report import terminal
+from autoseg.report import data_tables, terminal
 from autoseg.report.terminal import plan_summary, plan_table
 from autoseg.schema import ClassCount, ClassShape, Outcome, Quantiles, ScoreRow
 
@@ -81,7 +81,7 @@ def test_the_fingerprint_fits_a_terminal_of_80_columns() -> None:
         sampled_voxels=10,
     )
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(terminal.fingerprint_table(msgspec.structs.replace(found, crops=many, shapes=(shape,))))
+    console.print(data_tables.class_table(msgspec.structs.replace(found, crops=many, shapes=(shape,))))
     text = console.export_text()
     assert "~150 (123–234)" in text
     assert "1,234 + 567" in text
@@ -130,7 +130,7 @@ def test_one_of_a_thing_is_no_plural() -> None:
     assert [counted(n, "voxel", "have") for n in (1, 1234)] == ["1 voxel has", "1,234 voxels have"]
     assert [counted(n, "patch", "need") for n in (1, 2)] == ["1 patch needs", "2 patches need"]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(terminal.fingerprint_table(facts(crops=1)))
+    console.print(data_tables.class_table(facts(crops=1)))
     assert "1 crop in 1 volume;" in console.export_text()
 
 

@@ -18,16 +18,17 @@ from autoseg.data.writer import ImportRequest
 from autoseg.errors import PlanError, counted
 from autoseg.plan import (
     fingerprint,
-    hardware_file,
     make_plan,
     own_or_shipped,
     parse_settings,
     probe_hardware,
     read_evidence,
+    read_hardware,
     resolution_groups,
+    share_hardware,
 )
 from autoseg.recipes.profile import profile_plan
-from autoseg.report import terminal
+from autoseg.report import data_tables, terminal
 from autoseg.schema import Fingerprint, Hardware, Plan, Profile, load_as, save
 
 PROBED = "hardware.conv_gflops"
@@ -74,8 +75,9 @@ def run_fingerprint(options: argparse.Namespace) -> int:
         facts = fingerprint(options.data, cache_of(options), progress)
     if options.out:
         save(facts, options.out)
-    results.print(terminal.fingerprint_table(facts))
-    terminal.warn(facts, console)
+    for table in data_tables.fingerprint_tables(facts):
+        results.print(table)
+    data_tables.warn(facts, console)
     tell_cache(options, console)
     print_json(options, facts)
     return EXIT_OK
@@ -89,7 +91,8 @@ def run_plan(options: argparse.Namespace) -> int:
     if options.fingerprint and options.data:
         raise PlanError("--fingerprint", "and DATA are both given", "pass one of them")
     local = options.hardware == "local"
-    hardware = probe_hardware() if local else load_as(hardware_file(options.hardware), Hardware)
+    machine = probe_hardware() if local else read_hardware(options.hardware)
+    hardware = share_hardware(machine, options.side_by_side)
     out = options.out or Path("plans") / f"{hardware.name}.json"
     settings = _settings(options)
     if options.fingerprint:
@@ -97,7 +100,7 @@ def run_plan(options: argparse.Namespace) -> int:
     else:
         with terminal.progress(console) as progress:
             facts = fingerprint(options.data or Path("data"), cache_of(options), progress)
-    terminal.warn(facts, console)
+    data_tables.warn(facts, console)
     evidence = read_evidence(options.scores) if options.scores else None
     wanted = _by_resolution(facts, hardware, out, settings) if options.by_resolution else {out: (settings, "")}
     plans = {path: make_plan(path.stem, facts, hardware, of_path, evidence) for path, (of_path, _) in wanted.items()}

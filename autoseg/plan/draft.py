@@ -23,6 +23,7 @@ DERIVED = (
     "split.rule",
     "predicted_memory_bytes",
     "predicted_ram_bytes",
+    "predicted_disk_bytes",
     "predicted_step_s",
 )
 

@@ -28,6 +28,7 @@ from autoseg.data.shapes import measure_shape, pool_shape, sections_apart
 from autoseg.data.traits import CropTraits, remembered
 from autoseg.errors import DataError
 from autoseg.geometry import part_length
+from autoseg.plan.extents import valid_shares
 from autoseg.schema import (
     ClassCount,
     ClassShape,
@@ -53,6 +54,13 @@ class _Opened(NamedTuple):
     states_CK: States
     conflicts_C: NDArray[np.bool_]
     contradictions: tuple[Contradiction, ...]
+
+    @property
+    def cooccurrence_KK(self) -> NDArray[np.int64]:
+        """Return the voxels that hold both of two classes."""
+        present_CK = (self.states_CK == PRESENT).astype(np.int64)
+        found: NDArray[np.int64] = present_CK.T @ (present_CK * self.codes.histogram_C[:, None])
+        return found
 
 
 def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done, total: None) -> Fingerprint:
@@ -93,6 +101,8 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
         left_out=(*left_out, *dataset.foreign),
         shapes=_shapes(names, crops, usable, progress),
         class_sets=_own_sets(dataset),
+        cooccurrence=tuple(map(tuple, np.sum([one.cooccurrence_KK for one in usable], axis=0).tolist())),
+        valid_shares=valid_shares(crops),
         findings=(*findings, *find(crops, volumes, traits), *shared_numbers([crop.name for crop in crops])),
     )
 
@@ -159,6 +169,7 @@ def _crop_facts(
         conflicts=int(histogram[opened.conflicts_C].sum()),
         contradictions=opened.contradictions,
         stored_sha256=digest,
+        known_voxels=int(histogram[(opened.states_CK != UNKNOWN).any(axis=1)].sum()),
     )
     return facts, list(find_missing(crop, opened.codes)), remembered(crop, opened.codes, digest)
 

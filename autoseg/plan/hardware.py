@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import math
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import torch
 
+from autoseg.errors import PlanError
+from autoseg.limits import usable_ram_bytes, usable_threads
 from autoseg.schema import Gpu, Hardware
 
 PROBE_SECONDS = 0.4
@@ -29,49 +30,29 @@ def probe_hardware(*, measure_speed: bool = True) -> Hardware:
         cpu_threads=threads,
         cpu_bf16=bf16,
         ram_bytes=usable_ram_bytes(),
+        disk_free_bytes=psutil.disk_usage(".").free,
         shm_bytes=psutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
         conv_gflops=measure_conv_gflops(torch.device("cuda" if gpus else "cpu"), threads) if measure_speed else None,
     )
 
 
-def usable_threads(root: Path = Path("/")) -> int:
-    """Return the CPU threads this process may use: affinity, cut by the quota of its cgroups in the files of `root`."""
-    try:
-        threads = len(os.sched_getaffinity(0))
-    except AttributeError:
-        threads = os.cpu_count() or 1
-    for folder in _cgroups(root, "cpu"):
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", which is no limit
-                quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
-                threads = min(threads, max(1, quota // period)) if quota > 0 else threads
-    return threads
-
-
-def usable_ram_bytes(root: Path = Path("/")) -> int:
-    """Return the RAM this process may use: the machine's, cut by the limit of its cgroups in the files of `root`."""
-    limits = [psutil.virtual_memory().total]
-    for folder in _cgroups(root, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):
-                limits.append(int((folder / name).read_text()))
-    return int(min(limits))
-
-
-def _cgroups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's cgroup and of every one above it, in version 2 and in version 1."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    # a container may not see its own path: the top of either version is looked at, too
-    for line in ["0::/", f"1:{controller}:/", *lines]:
-        _, controllers, own = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / (controller if controllers else "")
-        folder = top / own.lstrip("/")
-        yield from (folder, *(parent for parent in folder.parents if parent.is_relative_to(top)))
+def share_hardware(hardware: Hardware, num_runs: int) -> Hardware:
+    """Return what each of several runs side by side may use: its GPUs or part of one, threads, RAM and /dev/shm."""
+    if num_runs < 1:
+        raise PlanError("--side-by-side", f"{num_runs} runs", "use at least 1")
+    num_gpus = len(hardware.gpus)
+    on_one = max(1, math.ceil(num_runs / num_gpus)) if num_gpus else num_runs  # runs that one device computes
+    return msgspec.structs.replace(
+        hardware,
+        gpus=tuple(
+            msgspec.structs.replace(gpu, memory_bytes=gpu.memory_bytes // on_one, free_bytes=gpu.free_bytes // on_one)
+            for gpu in hardware.gpus[: max(1, num_gpus // num_runs)]
+        ),
+        cpu_threads=max(1, hardware.cpu_threads // num_runs),
+        ram_bytes=hardware.ram_bytes // num_runs,
+        shm_bytes=hardware.shm_bytes // num_runs,
+        conv_gflops=hardware.conv_gflops and {name: speed / on_one for name, speed in hardware.conv_gflops.items()},
+    )
 
 
 def measure_conv_gflops(device: torch.device, threads: int) -> dict[str, float]:
@@ -122,6 +103,7 @@ def _gpu(index: int) -> Gpu:
         free_bytes=int(free),
         bf16=properties.major >= 8,
         fp16=properties.major >= 7,
+        compute_capability=(properties.major, properties.minor),
     )
 
 

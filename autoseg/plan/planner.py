@@ -25,6 +25,7 @@ from autoseg.schema import (
     Head,
     Loss,
     Plan,
+    check_hardware,
     check_plan,
     explain,
     nearest,
@@ -109,6 +110,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("decode.tune_thresholds", sampling.choose_tuning),
     ("predicted_memory_bytes", fit.choose_memory),
     ("predicted_ram_bytes", fit.choose_ram),
+    ("predicted_disk_bytes", fit.choose_disk),
     ("predicted_step_s", fit.choose_step_s),
 )
 
@@ -158,6 +160,7 @@ def make_plan(
 
 
 def _check_settings(settings: Mapping[str, Any], hardware: Hardware) -> None:
+    check_hardware(hardware, f"hardware {hardware.name}")
     if settings.get("device") == "cuda" and not hardware.gpus:
         raise PlanError(
             "device", f"cuda, and {hardware.name} has no GPU", "use cpu, or --hardware of a machine with one"

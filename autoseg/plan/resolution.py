@@ -84,12 +84,15 @@ def _group(facts: Fingerprint, names: list[str], wanted: dict[str, int]) -> Grou
 def _octave_wanted(facts: Fingerprint, name: str) -> int:
     """Return the coarsest octave of crops that hold the class at which it spans enough voxels, else the finest.
 
-    Of a class whose shape nobody measured it is the coarsest octave with half as many crops as any other has.
+    Of a class whose shape nobody measured it is the coarsest octave at which crops were annotated for it alone, since
+    somebody chose that size for it; without such crops, the coarsest with half as many crops as any other has.
     """
     held = Counter(_octave(crop) for crop in facts.crops if _holds(crop, name))
     shape = next((shape for shape in facts.shapes if shape.name == name), None)
     if shape is None:
-        return max(octave for octave, number in held.items() if 2 * number >= max(held.values()))
+        alone = Counter(_octave(crop) for crop in facts.crops if crop.annotated == (name,))
+        made_for_it = [octave for octave, number in alone.items() if number >= LEAST_CROPS]
+        return max(made_for_it or (octave for octave, number in held.items() if 2 * number >= max(held.values())))
     limit = math.inf if shape.thickness_nm is None else shape.thickness_nm.p50 / MIN_VOXELS_ACROSS
     enough = [octave for octave, number in held.items() if number >= LEAST_CROPS] or list(held)
     fits = [octave for octave in enough if 2.0**octave <= limit * math.sqrt(2)]

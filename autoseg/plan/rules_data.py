@@ -11,19 +11,19 @@ from autoseg.data.split import within
 from autoseg.errors import PlanError, counted
 from autoseg.geometry import NmZYX, VoxelsZYX, coarser_voxel_size, cube_edge_nm
 from autoseg.plan.draft import Choice, Draft
+from autoseg.plan.extents import PATCH_EDGES, SOLID_EDGES, shares_of
 from autoseg.plan.resolution import MIN_VOXELS_ACROSS, resolution_groups, serving_range
 from autoseg.plan.rules_machine import usable_bytes
 from autoseg.schema import CropFacts, VolumeGrey, nearest
 
 ANISOTROPY_OF_SECTIONS = 3.0
 VALID_SHARE = 0.9
-PATCH_EDGES = (512, 384, 320, 256, 192, 160, 128, 96, 64, 48, 32, 16)
-SOLID_EDGES = (192, 160, 128, 96, 64)
 # Traced: the narrow RSUNet in bf16, 96³ to 192³, 14 and 48 classes, with the share of workspace.
 SOLID_BYTES, SOLID_BYTES_A_CLASS = 1100, 22
 SLICES_2_5D = 5
 SLICES_OF_SECTIONS = 3
 MIN_POSITIVE_VOXELS = 50
+NAMED_VOLUMES = 4
 
 
 def choose_seed(_: Draft) -> Choice:
@@ -117,7 +117,8 @@ def choose_em_voxel_size(draft: Draft) -> Choice:
     for crop in training_crops(draft):
         votes[volumes[crop.volume]] += math.prod(crop.shape_zyx)
     size, won = votes.most_common(1)[0]
-    because = f"{won / votes.total():.0%} of the annotated voxels lie in such EM; assumed where a file declares none"
+    because = f"{won / votes.total():.0%} of the annotated voxels lie in EM of {_nm(size)}; "
+    because += "assumed where a file declares none"
     return Choice(size, because, "fingerprint")
 
 
@@ -142,7 +143,7 @@ def choose_voxel_size(draft: Draft) -> Choice:
     key, won = votes.most_common(1)[0]
     size = exact[key]
     share = won / votes.total()
-    because = f"{share:.0%} of what is annotated, by crop and class, has it"
+    because = f"{share:.0%} of what is annotated, by crop and class, has {_nm(size)}"
     because += " (that of their EM, where labels are finer)" if key in finer else ""
     others = [_nm(other) for other in votes if other != key]
     because += f"; resampled on the fly: {', '.join(others[:3])}" if others else ""
@@ -215,22 +216,44 @@ def _dimensions_asked(draft: Draft) -> Choice | None:
 
 
 def choose_patch_size(draft: Draft) -> Choice:
-    """Return the largest patch of which the median crop fills at least 90 %, within what the device can take."""
-    dimensions = draft["dimensions"]
+    """Return the largest patch of which the crops fill 90 %, within what the device can take."""
     extent = _median_extent(draft)
-    if dimensions in ("2d", "2.5d"):
-        limit = 128 if draft["device"] == "cpu" else 512
-        edge = _edge(min(extent[1:]), limit)
-        valid = min(1.0, extent[1] / edge) * min(1.0, extent[2] / edge)
-        because = f"{valid:.0%} of such a patch is annotated in the median crop of {_voxels(extent)} voxels"
-        return Choice((1, edge, edge), f"{because}; limit {limit} on this device", "valid share >= 90 %")
-    z, y, x = draft["voxel_size_nm"]
-    anisotropy = z / min(y, x)
-    limit, why = _solid_edge(draft)
-    in_plane = _edge(min(extent[1:]), limit * (2 if anisotropy >= ANISOTROPY_OF_SECTIONS else 1))
-    depth = _edge(extent[0], max(8, round(in_plane / anisotropy)), smallest=4)
-    because = f"as cubic as the {anisotropy:.1f}:1 voxels and the median crop of {_voxels(extent)} voxels allow; {why}"
-    return Choice((depth, in_plane, in_plane), because, "physical extent")
+    if draft["dimensions"] in ("2d", "2.5d"):
+        limit, why = (128, "limit 128 on a CPU") if draft["device"] == "cpu" else (512, "limit 512 on a GPU")
+        candidates: list[VoxelsZYX] = [(1, edge, edge) for edge in PATCH_EDGES if edge <= limit]
+    else:
+        z, y, x = draft["voxel_size_nm"]
+        anisotropy = z / min(y, x)
+        limit, why = _solid_edge(draft)
+        longest = limit * (2 if anisotropy >= ANISOTROPY_OF_SECTIONS else 1)
+        candidates = [(_depth(edge, anisotropy, extent[0]), edge, edge) for edge in PATCH_EDGES if edge <= longest]
+        why = f"as cubic as voxels of {anisotropy:.1f}:1 and {counted(extent[0], 'section')} allow; {why}"
+    mean, patch = _fullest(draft, candidates)
+    because = f"the crops fill {mean:.0%} of such a patch, in the mean (median crop: {_voxels(extent)} voxels)"
+    larger = [c for c in candidates if c[1] > patch[1]]
+    if larger:
+        because += f"; {_filled(draft, larger[-1]):.0%} of {_voxels(larger[-1])}"
+    return Choice(patch, f"{because}; {why}", f"valid share of at least {VALID_SHARE:.0%}")
+
+
+def _fullest(draft: Draft, candidates: list[VoxelsZYX]) -> tuple[float, VoxelsZYX]:
+    """Return (share that is valid, patch) of the first candidate that is valid enough, else of the last."""
+    for patch in candidates:
+        share = _filled(draft, patch)
+        if share >= VALID_SHARE:
+            break
+    return share, patch
+
+
+def _filled(draft: Draft, patch: VoxelsZYX) -> float:
+    return statistics.fmean(shares_of(training_crops(draft), patch, draft["voxel_size_nm"]))
+
+
+def _depth(edge: int, anisotropy: float, sections: int) -> int:
+    """Return how deep a patch of that edge is: as deep as wide in nm, no deeper than the crops, and easy to halve."""
+    wanted = max(8, round(edge / anisotropy))
+    fits = [e for e in (*PATCH_EDGES, 8, 4) if e <= wanted and sections >= e * math.sqrt(VALID_SHARE)]
+    return fits[0] if fits else 4
 
 
 def _solid_edge(draft: Draft) -> tuple[int, str]:
@@ -280,7 +303,10 @@ def choose_volume_greys(draft: Draft) -> Choice:
         for v in draft.fingerprint.volumes
         if v.intensity is not None
     )
-    return Choice(greys, "mean and sd of each, as measured; other volumes are measured when opened", "fingerprint")
+    named = ", ".join(f"{grey.name} {grey.mean:.4g} ± {grey.sd:.4g}" for grey in greys[:NAMED_VOLUMES])
+    more = f" and {len(greys) - NAMED_VOLUMES} more" if len(greys) > NAMED_VOLUMES else ""
+    because = f"as measured: {named or 'none'}{more}; other volumes are measured when opened"
+    return Choice(greys, because, "fingerprint")
 
 
 def training_crops(draft: Draft) -> list[CropFacts]:
@@ -309,12 +335,6 @@ def _median_extent(draft: Draft) -> VoxelsZYX:
     shapes = [crop.grid.at_voxel_size(draft["voxel_size_nm"]).shape_zyx for crop in training_crops(draft)]
     z, y, x = (int(statistics.median_low([shape[axis] for shape in shapes])) for axis in range(3))
     return z, y, x
-
-
-def _edge(extent: int, limit: int, smallest: int = 16) -> int:
-    """Return the largest usual edge up to the limit that the extent fills to sqrt(90 %), at least the smallest."""
-    fits = [edge for edge in (*PATCH_EDGES, 8, 4) if edge <= limit and extent >= edge * math.sqrt(VALID_SHARE)]
-    return max(fits[0], smallest) if fits else smallest
 
 
 def _nm(size: NmZYX) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,7 @@ BASE_PROCESS_BYTES = int(0.7 * GIB)
 WORKER_BYTES = int(0.6 * GIB)
 BATCHES_IN_FLIGHT = 3
 MAX_WORKERS = 8
+CHECKPOINTS, STORED_TENSORS = 4, 4  # last, previous, best and the one being written; weights, average and moments
 MAX_BATCH = {True: 32, False: 4}
 MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
 # Share of a CPU step, its batch included, that the convolutions would take alone at the measured speed of one: the
@@ -42,9 +44,31 @@ def choose_batch_size(draft: Draft) -> Choice:
     if need > room:
         patch = list(draft["patch_size_zyx"])
         what = f"one patch of {patch} needs {need / GIB:.1f} GiB of {room / GIB:.1f} GiB of {name}"
-        raise PlanError("batch_size", what, "--set patch_size_zyx to half of it")
+        raise PlanError("batch_size", what, _nearest_that_fits(draft, room))
     because = f"{need / GIB:.2f} GiB of the {room / GIB:.1f} GiB of {name} that may be used"
     return Choice(batch, because + ("" if batch < wanted else f"; {most}"), "traced step")
+
+
+def _nearest_that_fits(draft: Draft, room: int) -> str:
+    """Return what would fit: the patch, halved along its longest edges, else narrower levels too, else more memory."""
+    steps = [math.prod(stride[axis] for stride in draft["network.strides_zyx"]) for axis in range(3)]
+    patch, features, need = list(draft["patch_size_zyx"]), draft["network.features"], 0
+    while True:
+        halved = [n // 2 if n == max(patch) else n for n in patch]
+        smaller = [h if h > 0 == h % s else n for n, h, s in zip(patch, halved, steps, strict=True)]
+        if smaller == patch:
+            if max(features) == 1:
+                return f"nothing smaller does: it takes a machine with {need / GIB:.1f} GiB to spare"
+            features = tuple(max(1, n // 2) for n in features)
+        patch = smaller
+        need = _patch_cost(draft, patch, features).memory_bytes(1, draft["device"])
+        if need <= room:
+            narrower = f" --set network.features={_commas(features)}" if features != draft["network.features"] else ""
+            return f"--set patch_size_zyx={_commas(patch)}{narrower} fits, with {need / GIB:.2f} GiB"
+
+
+def _commas(numbers: Sequence[int]) -> str:
+    return ",".join(str(n) for n in numbers)
 
 
 def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
@@ -80,17 +104,19 @@ def choose_accumulate(draft: Draft) -> Choice:
     """Return how many micro-batches make one optimizer step."""
     wanted = 2 if draft["patch_size_zyx"][0] > 1 else 4
     number = max(1, math.ceil(wanted / draft["batch_size"]))
-    return Choice(
-        number, f"{counted(number * draft['batch_size'], 'patch')} a step (at least {wanted})", "effective batch"
+    because = (
+        f"{counted(number * draft['batch_size'], 'patch')} a step (at least {wanted}), {draft['batch_size']} at once"
     )
+    return Choice(number, because, "effective batch")
 
 
 def choose_num_threads(draft: Draft) -> Choice:
     """Return the threads of the training process."""
     threads = max(1, draft.hardware.cpu_threads)
     if draft["device"] == "cpu":
-        return Choice(threads, "all threads this process may use", "hardware")
-    return Choice(min(threads, 8), "the GPU computes; a few threads feed it", "hardware")
+        return Choice(threads, f"all of the {counted(threads, 'thread')} this process may use", "hardware")
+    because = f"the GPU computes; a few of {counted(threads, 'thread')} feed it"
+    return Choice(min(threads, 8), because, "hardware")
 
 
 def choose_num_workers(draft: Draft) -> Choice:
@@ -109,8 +135,13 @@ def workers_on(hardware: Hardware, batch_bytes: int) -> tuple[int, str]:
     """Return how many loader processes a machine has room for beside a GPU, and why."""
     by_ram = int(hardware.ram_bytes * RAM_SHARE / 2 // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes))
     by_shm = int(hardware.shm_bytes // (BATCHES_IN_FLIGHT * batch_bytes))
-    workers = max(0, min(MAX_WORKERS, hardware.cpu_threads - 2, by_ram, by_shm))
-    return workers, f"{counted(hardware.cpu_threads, 'thread')}; RAM allows {by_ram}, /dev/shm {by_shm}"
+    by_threads = hardware.cpu_threads - 2
+    workers = max(0, min(MAX_WORKERS, by_threads, by_ram, by_shm))
+    because = f"{counted(hardware.cpu_threads, 'thread')}; RAM allows {by_ram}, /dev/shm {by_shm}"
+    if by_shm < min(MAX_WORKERS, by_threads, by_ram):
+        small = f"{BATCHES_IN_FLIGHT} batches of {batch_bytes / 2**20:.0f} MiB for each must fit into its "
+        because += f"; {small}{hardware.shm_bytes / 2**20:.0f} MiB: enlarge it (docker run --shm-size) to have more"
+    return workers, because
 
 
 def choose_memory(draft: Draft) -> Choice:
@@ -123,7 +154,8 @@ def choose_memory(draft: Draft) -> Choice:
         what = f"{needed}, {room / GIB:.1f} GiB of {name} may be used"
         fits = max(1, (room - cost.fixed_bytes) // max(1, cost.memory_bytes(1, draft["device"]) - cost.fixed_bytes))
         raise PlanError("batch_size", what, f"--set batch_size={fits}, and accumulate_batches for the rest")
-    because = f"{cost.num_parameters / 1e6:.1f} M parameters; {cost.patch_bytes / 2**20:.0f} MiB a patch"
+    because = f"{counted(draft['batch_size'], 'patch')} of {cost.patch_bytes / 2**20:.1f} MiB and "
+    because += f"{cost.fixed_bytes / 2**20:.1f} MiB of {cost.num_parameters / 1e6:.1f} M parameters"
     guess = "" if draft["device"] == "cpu" else "; 10 % and 0.6 GiB on top, estimated"
     return Choice(value, because, f"traced under FakeTensorMode{guess}")
 
@@ -134,10 +166,32 @@ def choose_ram(draft: Draft) -> Choice:
     workers = draft["num_workers"] * WORKER_BYTES
     because = f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {counted(draft['num_workers'], 'worker')}"
     if draft["device"] == "cpu":
-        because, source = f"{because} + the step", "measured: 0.8 GiB at peak, VNC plan"
+        step = f"{on_host / 2**20:.1f} MiB of the step"
+        because, source = f"{because} + {step}", "measured: 0.8 GiB at peak, VNC plan"
     else:
         because, source = f"{because} of {WORKER_BYTES / GIB:.1f} GiB", "estimated"
     return Choice(BASE_PROCESS_BYTES + workers + on_host, because, source)
+
+
+def choose_disk(draft: Draft) -> Choice:
+    """Return the disk space that a run takes, in bytes: its checkpoints, and label codes in the cache."""
+    checkpoints = CHECKPOINTS * STORED_TENSORS * 4 * step_cost(draft).num_parameters
+    codes = _code_voxels(draft)
+    because = f"{CHECKPOINTS} checkpoints of {checkpoints / CHECKPOINTS / 2**20:.0f} MiB, {codes / GIB:.4g} GiB "
+    because += "of label codes in the cache"
+    free = draft.hardware.disk_free_bytes
+    if free is not None:
+        because += f"; {free / GIB:.0f} GiB are free here" + (": too few" if free < checkpoints + codes else "")
+    return Choice(checkpoints + codes, because, "float32; a byte a voxel")
+
+
+def _code_voxels(draft: Draft) -> int:
+    """Return the voxels of the label codes of all crops, and of those that the plan uses at its voxel size."""
+    used = {region.crop for region in (*draft["split"].train, *draft["split"].validate)}
+    grids = {crop.name: crop.grid for crop in draft.fingerprint.crops}
+    own = sum(math.prod(grid.shape_zyx) for grid in grids.values())
+    others = ((grid, grid.at_voxel_size(draft["voxel_size_nm"])) for name, grid in grids.items() if name in used)
+    return own + sum(math.prod(other.shape_zyx) for grid, other in others if other != grid)
 
 
 def choose_step_s(draft: Draft) -> Choice:
@@ -187,10 +241,13 @@ def drafted_network(draft: Draft, features: tuple[int, ...] | None = None) -> Ne
 
 def step_cost(draft: Draft, features: tuple[int, ...] | None = None) -> StepCost:
     """Return the traced cost of the drafted step, or of the same with other widths."""
+    return _patch_cost(draft, draft["patch_size_zyx"], features)
+
+
+def _patch_cost(draft: Draft, patch_zyx: Sequence[int], features: tuple[int, ...] | None) -> StepCost:
     loss = Loss(**{name: draft[f"loss.{name}"] for name in Loss.__struct_fields__})
     key = (msgspec.json.encode(drafted_network(draft, features)), msgspec.json.encode(loss))
-    patch = tuple(draft["patch_size_zyx"])
-    return _cached_cost(key, draft["input_slices"], len(draft["classes"]), patch, draft["precision"])
+    return _cached_cost(key, draft["input_slices"], len(draft["classes"]), tuple(patch_zyx), draft["precision"])
 
 
 @lru_cache(maxsize=32)

@@ -67,9 +67,9 @@ def choose_strides(draft: Draft) -> Choice:
     if not strides:
         raise PlanError("patch_size_zyx", f"{list(patch)} cannot be halved once", "use even edges of at least 8")
     bottom = "x".join(str(n) for n in edges)
-    return Choice(
-        tuple(strides), f"each level halves what is not yet coarse; the bottom is {bottom}", "nnU-Net topology"
-    )
+    top = "x".join(str(n) for n in patch)
+    because = f"{counted(len(strides), 'time')} what is not yet coarse is halved, from {top} to {bottom}"
+    return Choice(tuple(strides), because, "nnU-Net topology")
 
 
 def choose_features(draft: Draft) -> Choice:
@@ -81,7 +81,7 @@ def choose_features(draft: Draft) -> Choice:
         return _solid_features(draft, levels)
     base, cap = (32, 320) if draft["device"] == "cuda" else (16, 128)
     widths = tuple(min(cap, base * 2**i) for i in range(levels))
-    because = f"from {base} up to {cap}: " + (
+    because = f"{counted(levels, 'level')}, from {base} up to {cap}: " + (
         "shorter steps, so that a budget holds more of them" if base == 16 else "nnU-Net's widths"
     )
     return Choice(widths, because, "a prototype, once: 32 scored .03 less on VNC" if base == 16 else "nnU-Net")
@@ -108,7 +108,7 @@ def choose_kernels(draft: Draft) -> Choice:
         spacing = [v * s for v, s in zip(spacing, stride, strict=True)]
     num_flat = sum(kernel[0] == 1 for kernel in kernels)
     because = f"{num_flat} of {len(kernels)} levels are flat: there sections are at least twice as coarse"
-    return Choice(tuple(kernels), "2D" if flat else because, "nnU-Net topology")
+    return Choice(tuple(kernels), f"{counted(len(kernels), 'level')} of 2D" if flat else because, "nnU-Net topology")
 
 
 def choose_norm(draft: Draft) -> Choice:

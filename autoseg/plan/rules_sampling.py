@@ -59,7 +59,8 @@ def choose_crops_per_step(draft: Draft) -> Choice:
     patches = draft["batch_size"] * draft["accumulate_batches"]
     em_bytes = _em_bytes(draft)
     if em_bytes <= CHUNK_CACHE_BYTES:
-        return Choice(patches, "a place for each patch: the EM of all crops stays decoded", "chunk cache of a process")
+        because = f"a place for each of {counted(patches, 'patch')}: the {em_bytes / 2**20:.1f} MiB of EM stay decoded"
+        return Choice(patches, because, "chunk cache of a process")
     places = max(min(2, patches), -(-patches // 2))
     because = f"up to {-(-patches // places)} of {counted(patches, 'patch')} from a place: "
     because += f"{em_bytes / 2**20:.0f} MiB of EM do not stay decoded"

@@ -13,6 +13,7 @@ from autoseg.geometry import VoxelsZYX
 from autoseg.plan.draft import Choice, Draft
 from autoseg.schema import Region, Split, nearest
 
+NAMED_REGIONS = 3
 SETTABLE = ("train", "validate", "folds", "fold")
 
 
@@ -52,7 +53,19 @@ def choose_split(draft: Draft) -> Choice:
     numbers += f"share {leaks.voxels:,} voxels with what trains: those never teach" if leaks.regions else "leak"
     by_user = asked or folds is not None or "split.voxel_edge_nm" in draft.settings
     source = "user" if by_user else "split rule"
-    return Choice(split, f"{because}; {numbers}{_one_sided(split, crops)}", source)
+    return Choice(split, f"{because}; {numbers}{_named(split)}{_one_sided(split, crops)}", source)
+
+
+def _named(split: Split) -> str:
+    """Name the first regions that validate."""
+    named = [region.crop + ("" if region.box_zyx is None else _box_text(region)) for region in split.validate]
+    more = f" and {len(named) - NAMED_REGIONS} more" if len(named) > NAMED_REGIONS else ""
+    return f"; validates {', '.join(named[:NAMED_REGIONS])}{more}" if named else ""
+
+
+def _box_text(region: Region) -> str:
+    start, stop = region.box_zyx or ((), ())
+    return f" [{', '.join(f'{a}:{b}' for a, b in zip(start, stop, strict=True))}]"
 
 
 def _split_asked(split: Split, asked: dict[str, Any], crops: list[SplitCrop]) -> Split:

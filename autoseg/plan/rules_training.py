@@ -116,7 +116,9 @@ def choose_augmentation_field(draft: Draft, field: str) -> Choice:
     value = PRESETS[preset][field]
     z, y, x = draft["voxel_size_nm"]
     if field == "transpose_z" and preset == "fib-sem":
-        value = draft["patch_size_zyx"][0] > 1 and alike(z, y, x)
+        solid = draft["patch_size_zyx"][0] > 1
+        because = f"preset {preset}: " + (f"solid patches of {z:g}x{y:g}x{x:g} nm" if solid else "flat patches")
+        return Choice(solid and alike(z, y, x), because, "augmentation.preset")
     if field == "right_angles" and value and not alike(y, x):
         because = f"voxels of {y:g} x {x:g} nm in the plane: a right angle would stretch tissue"
         return Choice(False, because, "voxel_size_nm")
@@ -196,9 +198,10 @@ def choose_tile(draft: Draft) -> Choice:
     """Return the inference window."""
     z, y, x = draft["patch_size_zyx"]
     if z > 1:
-        return Choice((z, y, x), "the patch it was trained on", "patch_size_zyx")
+        return Choice((z, y, x), f"the patch of {z}x{y}x{x} it was trained on", "patch_size_zyx")
     factor = 4 if draft["device"] == "cpu" else 2 if y <= 256 else 1
-    return Choice((1, y * factor, x * factor), "larger than the patch: less is computed twice", "fully convolutional")
+    because = f"{factor} times the edge of the patch of {y}x{x}: less is computed twice"
+    return Choice((1, y * factor, x * factor), because, "fully convolutional")
 
 
 def choose_overlap(draft: Draft) -> Choice:
@@ -210,7 +213,9 @@ def choose_overlap(draft: Draft) -> Choice:
 
 def choose_window_batch(draft: Draft) -> Choice:
     """Return how many windows run at once."""
-    return Choice(1 if draft["device"] == "cpu" else 4, "windows are large already", "memory")
+    if draft["device"] == "cpu":
+        return Choice(1, "a window is large enough for a CPU", "memory")
+    return Choice(4, "more would not fill a GPU better", "memory; unmeasured")
 
 
 def choose_mirrors(draft: Draft) -> Choice:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from autoseg.errors import PlanError
-from autoseg.schema import nearest
+from autoseg.schema import Hardware, Plan, load, nearest
 
 DISTRIBUTION = "autoseg-em"
 Kind = Literal["plans", "hardware", "fingerprints"]
@@ -43,8 +43,17 @@ def own_or_shipped(path: Path, kind: Kind) -> Path:
     return path if path.exists() or not wanted else shipped_files(kind).get(path.stem, path)
 
 
-def hardware_file(name: str) -> Path:
-    """Return the hardware record at that path, or the shipped one of that name; PlanError names those there are."""
+def read_hardware(name: str) -> Hardware:
+    """Return the machine at that path (its record, or a plan for it), or the shipped one of that name."""
+    found = load(_hardware_file(name))
+    if isinstance(found, Plan):
+        return found.hardware
+    if not isinstance(found, Hardware):
+        raise PlanError(f"--hardware {name}", "is neither a machine nor a plan for one", "pass another file")
+    return found
+
+
+def _hardware_file(name: str) -> Path:
     path = own_or_shipped(Path(name), "hardware")
     if path.exists():
         return path

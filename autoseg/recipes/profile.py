@@ -23,8 +23,8 @@ import torch
 
 from autoseg.data.dataset import open_dataset
 from autoseg.errors import counted
+from autoseg.limits import usable_threads
 from autoseg.plan import probe_hardware, shrink
-from autoseg.plan.hardware import usable_threads
 from autoseg.schema import Plan, Profile, WorkerTrial, check_plan
 from autoseg.train import batches, make_step
 from autoseg.train.loader import PREFETCH

@@ -15,9 +15,6 @@ from rich.text import Text
 from autoseg.errors import counted
 from autoseg.metrics.overlap import mean
 from autoseg.schema import (
-    ClassCount,
-    ClassShape,
-    Fingerprint,
     Observer,
     Outcome,
     Plan,
@@ -30,7 +27,6 @@ from autoseg.schema import (
 MISSING = "–"
 LINES_EVERY_S = 10.0
 RISING = 0.005
-NAMED_PAIRS = 4
 FEWEST_LOSSES = 50
 LONGEST_WORD = 17
 LONGER = "to train longer, plan again with a longer --budget, and train that into another --run"
@@ -138,6 +134,11 @@ def field_text(field: str, value: Any) -> str:
     return short_value(value)
 
 
+def short_size(size_nm: Sequence[float]) -> str:
+    """Return a voxel size as one word, as 50x4.6x4.6."""
+    return "x".join(f"{v:.4g}" for v in size_nm)
+
+
 def short_value(value: Any) -> str:
     """Return a value in few characters."""
     if isinstance(value, tuple):
@@ -156,62 +157,6 @@ def short_value(value: Any) -> str:
         return f"{value:.4g}"
     is_bytes = isinstance(value, int) and value >= 2**20
     return f"{value / 2**30:.2f} GiB" if is_bytes else MISSING if value is None else str(value)
-
-
-def fingerprint_table(facts: Fingerprint) -> Table:
-    """Return classes by known and positive voxels, crops that hold and that annotate it, thickness and instances."""
-    held = f"{counted(len(facts.crops), 'crop')} in {counted(len(facts.volumes), 'volume')}"
-    title = f"{held}; instances: whole + cut by the sampled boxes"
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for name in ("class", "known", "positive", "share", "crops", "thickness nm", "instances"):
-        is_name = name == "class"  # alone may be folded: a number in two lines is none
-        table.add_column(name, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
-    shapes = {shape.name: shape for shape in facts.shapes}
-    for entry in facts.classes:
-        counts = [c.counts[entry.name] for c in facts.crops if entry.name in c.counts]
-        positive, known = sum(c.present for c in counts), sum(c.present + c.absent for c in counts)
-        table.add_row(
-            entry.name,
-            magnitude(known),
-            magnitude(positive),
-            f"{positive / known:.2%}" if known else MISSING,
-            f"{sum(c.present > 0 for c in counts)}/{sum(_known(c) > 0 for c in counts)}",
-            *_shape_cells(shapes.get(entry.name)),
-        )
-    return table
-
-
-def _shape_cells(shape: ClassShape | None) -> tuple[str, str]:
-    """Return the median thickness (p10-p90; ~ in the plane) and the whole instances that were sampled + those cut."""
-    if shape is None:
-        return MISSING, MISSING
-    thick = shape.thickness_nm
-    plane = "~" if shape.in_plane else ""
-    nm = f"{plane}{thick.p50:.0f} ({thick.p10:.0f}–{thick.p90:.0f})" if thick else "beyond boxes"
-    whole, cut = (f"{n:,}" if n < 10_000 else magnitude(n) for n in (shape.num_instances, shape.num_instances_cut))
-    return nm, f"{whole} + {cut}"
-
-
-def warn(facts: Fingerprint, console: Console) -> None:
-    """Print what was left out, which annotations contradict each other, and what looks wrong."""
-    for item in facts.left_out:
-        console.print(f"warning: left out {item.name}: {item.why}")
-    for crop in facts.crops:
-        if crop.conflicts:
-            against = f"{counted(crop.conflicts, 'voxel', 'contradict')} the class table"
-            named = "; ".join(one.text for one in crop.contradictions[:NAMED_PAIRS])
-            more = len(crop.contradictions) - NAMED_PAIRS
-            console.print(
-                f"warning: {crop.name}: {against}, annotation wins: {named}"
-                + (f"; and {counted(more, 'more pair')} of classes" if more > 0 else "")
-            )
-    for finding in facts.findings:
-        label = "warning" if finding.alarm else "note"
-        console.print(f"{label}: {finding.where}: {finding.what}: {finding.remedy}")
-
-
-def _known(count: ClassCount) -> int:
-    return count.present + count.absent
 
 
 def score_table(scores: Scores, beside: Mapping[str, float | None] | None = None, title: str = "scores") -> Table:

@@ -1,6 +1,6 @@
 """Artifacts as frozen records (`records`), their JSON (`files`), events, and what a plan must satisfy (`checks`)."""
 
-from autoseg.schema.checks import check_plan, network_contradictions
+from autoseg.schema.checks import check_hardware, check_plan, network_contradictions
 from autoseg.schema.events import Observer, Outcome, StepResult, ValidationScore
 from autoseg.schema.facts import (
     ClassCount,
@@ -18,6 +18,7 @@ from autoseg.schema.facts import (
     LeftOut,
     Probe,
     Quantiles,
+    ValidShare,
     VolumeFacts,
 )
 from autoseg.schema.files import (
@@ -100,11 +101,13 @@ __all__ = [
     "SplitRule",
     "StepResult",
     "TunedDecode",
+    "ValidShare",
     "Validation",
     "ValidationScore",
     "VolumeFacts",
     "VolumeGrey",
     "WorkerTrial",
+    "check_hardware",
     "check_plan",
     "decode",
     "encode",

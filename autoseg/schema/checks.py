@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 
 from autoseg.errors import PlanError
 from autoseg.geometry import VoxelsZYX, alike
+from autoseg.schema.facts import Hardware
 from autoseg.schema.plans import Network, Plan
+
+GIB = 2**30
 
 
 def check_plan(plan: Plan, where: object) -> None:
@@ -22,6 +25,21 @@ def _contradictions(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield from _input(plan)
     yield from _classes(plan)
     yield from _run(plan)
+
+
+def check_hardware(hardware: Hardware, where: object) -> None:
+    """Raise PlanError for the first number that no machine has, naming the field and what would be right."""
+    least = {"cpu_threads": 1, "ram_bytes": GIB, "shm_bytes": 0, "disk_free_bytes": 0}
+    values: list[tuple[str, float | None, float]] = [
+        (field, getattr(hardware, field), lowest) for field, lowest in least.items()
+    ]
+    for i, gpu in enumerate(hardware.gpus):
+        values += [(f"gpus[{i}].memory_bytes", gpu.memory_bytes, GIB), (f"gpus[{i}].free_bytes", gpu.free_bytes, 0)]
+    values += [(f"conv_gflops.{name}", speed, 1e-9) for name, speed in (hardware.conv_gflops or {}).items()]
+    for field, value, lowest in values:
+        if value is not None and value < lowest:
+            remedy = f"give bytes: 11 GiB are {11 * GIB}" if field.endswith("_bytes") else f"use at least {lowest:g}"
+            raise PlanError(where, f"{field}: {value}", remedy)
 
 
 def network_contradictions(network: Network, edges: Mapping[str, VoxelsZYX]) -> Iterator[tuple[str, str, str]]:

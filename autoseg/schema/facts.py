@@ -10,6 +10,8 @@ import msgspec
 from autoseg.geometry import Grid, NmZYX, VoxelsZYX
 from autoseg.schema.records import Artifact, Record
 
+LEAST_SKEWNESS = 0.03  # of five EM volumes the least was .07
+
 
 class ClassEntry(Record, frozen=True, kw_only=True):
     """One class: an atom, or a composite that is present exactly where one of its components is."""
@@ -29,7 +31,12 @@ class ClassTable(Artifact, frozen=True, kw_only=True, tag="class_table"):
 
 
 class Intensity(Record, frozen=True, kw_only=True):
-    """Grey values of one EM volume, from a seeded sample of its stored chunks."""
+    """Grey values of one EM volume, from a seeded sample of its stored chunks.
+
+    `mean_interval` holds the mean of all stored chunks with 95 % confidence, as the sampled ones spread. `drift_z` is
+    the sd of the means of sections, in sd of grey values. `local_skewness` is that of grey values less their
+    surroundings (2 voxels, in sections); its sign is the polarity. None where it was not measured.
+    """
 
     minimum: float
     p0_5: float
@@ -39,6 +46,16 @@ class Intensity(Record, frozen=True, kw_only=True):
     mean: float
     sd: float
     num_voxels: int
+    mean_interval: tuple[float, float] | None = None
+    drift_z: float | None = None
+    local_skewness: float | None = None
+
+    @property
+    def polarity(self) -> Literal["dark", "bright"] | None:
+        """Whether what is stained is dark, as in most EM, or bright (an inverted volume); None if that is unclear."""
+        if self.local_skewness is None or abs(self.local_skewness) < LEAST_SKEWNESS:
+            return None
+        return "dark" if self.local_skewness < 0 else "bright"
 
 
 class Probe(Record, frozen=True, kw_only=True):
@@ -113,6 +130,7 @@ class Contradiction(Record, frozen=True, kw_only=True):
 class CropFacts(Record, frozen=True, kw_only=True):
     """One annotated box, `dataset/cropN`, and what its annotation holds for each class that was counted in it.
 
+    `known_voxels` counts those in which anything is known, None if nobody counted: all of them.
     `conflicts` counts the voxels that contradict the class table; `contradictions` name the classes, most voxels first.
     `stored_sha256` is the digest of the stored bytes under it, EM and labels, and of what their metadata say.
     """
@@ -128,6 +146,12 @@ class CropFacts(Record, frozen=True, kw_only=True):
     conflicts: int = 0
     contradictions: tuple[Contradiction, ...] = ()
     stored_sha256: str | None = None
+    known_voxels: int | None = None
+
+    @property
+    def extent_nm(self) -> NmZYX:
+        """Edge lengths."""
+        return self.grid.extent_nm
 
     def present(self, name: str) -> int | None:
         """Voxels of a class: all voxels of the crop where it is annotated and was never counted; None if unknown."""
@@ -205,9 +229,23 @@ class Frequency(Record, frozen=True, kw_only=True):
     source: str
 
 
+class ValidShare(Record, frozen=True, kw_only=True):
+    """How much of a patch lies in annotated boxes at that voxel size, placed as well as it can be, over the crops.
+
+    Crops are those of `num_crops` whose labels are as fine as that or finer; a 2D patch has 1 along z.
+    """
+
+    voxel_size_nm: NmZYX
+    patch_size_zyx: VoxelsZYX
+    mean: float
+    median: float
+    num_crops: int
+
+
 class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
     """What a planner may know of a data set; `class_sets` are the sets of its own classes.json.
 
+    `cooccurrence` counts the voxels that hold two classes, in the order of `classes`; () if nobody counted.
     One that was not measured says in `source` what it was made from; a class that nobody counted may
     have its `frequencies`.
     """
@@ -221,6 +259,8 @@ class Fingerprint(Artifact, frozen=True, kw_only=True, tag="fingerprint"):
     class_sets: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     frequencies: dict[str, Frequency] = msgspec.field(default_factory=dict)
+    cooccurrence: tuple[tuple[int, ...], ...] = ()
+    valid_shares: tuple[ValidShare, ...] = ()
     source: str | None = None
 
 
@@ -232,11 +272,13 @@ class Gpu(Record, frozen=True, kw_only=True):
     free_bytes: int
     bf16: bool
     fp16: bool = True
+    compute_capability: tuple[int, int] | None = None
 
 
 class Hardware(Artifact, frozen=True, kw_only=True, tag="hardware"):
     """What a planner may know of a machine.
 
+    `disk_free_bytes` is that of the folder it was asked in, None for a machine that is not at hand.
     `conv_gflops` is measured, by precision, on the first GPU or, where there is none, on the CPU; None if it was not.
     """
 
@@ -247,4 +289,5 @@ class Hardware(Artifact, frozen=True, kw_only=True, tag="hardware"):
     cpu_bf16: bool
     ram_bytes: int
     shm_bytes: int
+    disk_free_bytes: int | None = None
     conv_gflops: dict[str, float] | None = None

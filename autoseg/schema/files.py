@@ -88,15 +88,20 @@ def decode(content: bytes, record_type: Any, where: object) -> Any:
             raise PlanError(where, f"holds {type(raw).__name__}, not an object", "pass a file written by autoseg")
         version = raw.get("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
-            raise PlanError(
-                where, f"schema_version {version!r}", f"this autoseg reads {SCHEMA_VERSION}; write the file anew"
-            )
+            what = f"schema_version {version!r}, and this autoseg reads {SCHEMA_VERSION}"
+            raise PlanError(where, what, _write_anew(raw.get("kind")))
         _refuse_what_json_cannot_hold(raw)
         return msgspec.convert(raw, record_type)
     except msgspec.ValidationError as error:
         raise PlanError(where, *explain(str(error), record_type)) from None
     except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise PlanError(where, f"is not valid JSON ({error})", "repair it, or write it anew") from None
+
+
+def _write_anew(kind: object) -> str:
+    """Return how to make an artifact of that kind again."""
+    commands = {"fingerprint": "autoseg fingerprint DATA --out F", "plan": "autoseg plan DATA --out PLAN"}
+    return f"write it anew: {commands.get(str(kind), 'with the command that wrote it')}"
 
 
 def explain(message: str, record_type: Any, given: str = "it") -> tuple[str, str]:

@@ -251,6 +251,7 @@ class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
     decode: Decode
     predicted_memory_bytes: int
     predicted_ram_bytes: int
+    predicted_disk_bytes: int
     predicted_step_s: float | None
     seed: int
     reasons: tuple[Reason, ...]

@@ -13,6 +13,7 @@ from autoseg.data.codes import default_cache
 from autoseg.data.dataset import open_dataset
 from autoseg.data.em import CHUNK_CACHE_BYTES
 from autoseg.errors import AutosegError
+from autoseg.limits import one_thread_each
 from autoseg.schema import Plan
 from autoseg.train.patches import Batch, PatchSampler
 
@@ -54,7 +55,9 @@ class StepDataset(Dataset[Batch | AutosegError]):
             worker_init_fn=_start_worker,
             pin_memory=self.plan.device == "cuda" and torch.cuda.is_available(),
         )
-        for item in loader:
+        with one_thread_each():
+            items = iter(loader)
+        for item in items:
             yield _unless_error(item)
 
     def __getitem__(self, step: int) -> Batch | AutosegError:

@@ -1,0 +1,186 @@
+"""A plan is a function of its inputs, and says so: what changes a value changes the reason beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_planner import GIB, cheap, facts, fingerprints, gpu, machine, machines, reason, thick, value_of
+
+from autoseg.errors import PlanError
+from autoseg.model.memory import trace_step
+from autoseg.plan import make_plan, share_hardware
+from autoseg.plan.rules_machine import MAX_BATCH, room_on
+from autoseg.schema import Fingerprint, Hardware
+
+Inputs = tuple[Fingerprint, Hardware]
+
+
+def _replace(record: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(record, **changes)
+
+
+def _more_memory(inputs: Inputs) -> Inputs:
+    found, hardware = inputs
+    cards = tuple(_replace(g, memory_bytes=2 * g.memory_bytes, free_bytes=2 * g.memory_bytes) for g in hardware.gpus)
+    return found, _replace(hardware, gpus=cards, ram_bytes=2 * hardware.ram_bytes)
+
+
+def _one_thread_more(inputs: Inputs) -> Inputs:
+    found, hardware = inputs
+    return found, _replace(hardware, cpu_threads=hardware.cpu_threads + 1)
+
+
+def _less_shm(inputs: Inputs) -> Inputs:
+    found, hardware = inputs
+    return found, _replace(hardware, shm_bytes=hardware.shm_bytes // 64)
+
+
+def _another_grey(inputs: Inputs) -> Inputs:
+    found, hardware = inputs
+    volumes = tuple(_replace(v, intensity=_replace(v.intensity, mean=77.0)) for v in found.volumes)
+    return _replace(found, volumes=volumes), hardware
+
+
+def _coarser(inputs: Inputs) -> Inputs:
+    found, hardware = inputs
+    z, y, x = found.crops[0].voxel_size_nm
+    size = (2 * z, 2 * y, 2 * x)
+    volumes = tuple(_replace(v, voxel_size_nm=size) for v in found.volumes)
+    return _replace(found, volumes=volumes, crops=tuple(_replace(c, voxel_size_nm=size) for c in found.crops)), hardware
+
+
+def _half_as_wide(inputs: Inputs) -> Inputs:
+    found, hardware = inputs
+    z, y, x = found.crops[0].shape_zyx
+    return _replace(found, crops=tuple(_replace(c, shape_zyx=(z, y // 2, x // 2)) for c in found.crops)), hardware
+
+
+def _rarer(inputs: Inputs) -> Inputs:
+    found, hardware = inputs
+    name = found.classes[0].name
+    crops = tuple(
+        _replace(c, counts=c.counts | {name: _replace(c.counts[name], present=c.counts[name].present // 20 + 60)})
+        for c in found.crops
+    )
+    return _replace(found, crops=crops), hardware
+
+
+def _without_the_gpu(inputs: Inputs) -> Inputs:
+    found, hardware = inputs
+    return found, _replace(hardware, gpus=())
+
+
+CHANGES: tuple[Callable[[Inputs], Inputs], ...] = (
+    _more_memory,
+    _one_thread_more,
+    _less_shm,
+    _another_grey,
+    _coarser,
+    _half_as_wide,
+    _rarer,
+    _without_the_gpu,
+)
+
+
+@cheap
+@settings(max_examples=120)
+@given(fingerprints, machines.filter(lambda m: m.ram_bytes > 4 * GIB), st.sampled_from(CHANGES))
+def test_what_changes_a_value_changes_its_reason(
+    found: Fingerprint, hardware: Hardware, change: Callable[[Inputs], Inputs]
+) -> None:
+    try:
+        before, after = (make_plan("a", *inputs, {}) for inputs in ((found, hardware), change((found, hardware))))
+    except PlanError:
+        return
+    for field in [r.field for r in before.reasons if r.field not in ("dimensions", "resolution")]:
+        if value_of(before, field) != value_of(after, field):
+            assert reason(before, field) != reason(after, field), f"{field}: {reason(before, field)}"
+
+
+@settings(max_examples=8)
+@given(
+    st.sampled_from([4, 8, 11, 16, 24, 40, 80]),
+    st.sampled_from([8, 32, 126, 500]),
+    st.integers(1, 64),
+    st.integers(1, 48),
+    st.sampled_from([None, (1, 256, 256), (1, 64, 64), (32, 128, 128), (96, 96, 96)]),
+)
+def test_a_traced_plan_fits_and_leaves_no_gpu_idle_that_a_larger_batch_would_use(
+    vram_gib: int, ram_gib: int, threads: int, num_classes: int, patch: tuple[int, int, int] | None
+) -> None:
+    found = facts((200, 400, 400), (8.0, 8.0, 8.0), classes=tuple(f"own{i}" for i in range(num_classes)))
+    hardware = machine(gpu(gib=vram_gib), threads=threads, ram_gib=ram_gib)
+    asked = {} if patch is None else {"patch_size_zyx": patch}
+    plan, refusal = None, ""
+    try:
+        plan = make_plan("any", found, hardware, asked)
+    except PlanError as error:
+        refusal = str(error)
+    if plan is None:
+        assert "one patch of" in refusal
+        assert "fits, with" in refusal, "the message names what would"
+        return
+    room, _ = room_on(hardware, "cuda")
+    slices, flat = plan.input_slices, plan.patch_size_zyx[0] == 1
+    cost = trace_step(plan.network, slices, num_classes, plan.patch_size_zyx, plan.precision, plan.loss)
+    assert cost.memory_bytes(plan.batch_size, "cuda") == plan.predicted_memory_bytes <= room
+    assert plan.predicted_ram_bytes <= hardware.ram_bytes
+    full = plan.batch_size == MAX_BATCH[flat]
+    assert full or cost.memory_bytes(plan.batch_size + 1, "cuda") > room
+    assert not full or f"more than {plan.batch_size} would not help" in reason(plan, "batch_size")
+
+
+@cheap
+@given(machines, st.integers(1, 9))
+def test_runs_side_by_side_share_a_machine(hardware: Hardware, num_runs: int) -> None:
+    one = share_hardware(hardware, num_runs)
+    assert one.cpu_threads == max(1, hardware.cpu_threads // num_runs)
+    assert num_runs * one.ram_bytes <= hardware.ram_bytes
+    assert num_runs * one.shm_bytes <= hardware.shm_bytes
+    assert bool(one.gpus) == bool(hardware.gpus)
+    if hardware.gpus:
+        whole = max(g.memory_bytes for g in hardware.gpus)
+        on_one = math.ceil(num_runs / len(hardware.gpus))
+        assert len(one.gpus) * num_runs <= max(len(hardware.gpus), num_runs)
+        assert all(g.memory_bytes * on_one <= whole for g in one.gpus)
+
+
+def test_one_run_alone_has_the_whole_machine() -> None:
+    hardware = machine(gpu(), gpu(), threads=32)
+    assert share_hardware(hardware, 1) == hardware
+    assert [len(share_hardware(hardware, n).gpus) for n in (1, 2, 3)] == [2, 1, 1]
+    with pytest.raises(PlanError, match="use at least 1"):
+        share_hardware(hardware, 0)
+
+
+# ---- the numbers that reasons quote --------------------------------------------------------------------------
+
+
+@cheap
+@settings(max_examples=40)
+@given(st.integers(3, 200), st.integers(5, 90), st.integers(2, 60), st.integers(40, 400))
+def test_reasons_quote_the_machine_and_the_data(threads: int, vram: int, ram: int, thickness: int) -> None:
+    found = thick(facts(), mito=2.0 * thickness, pm=float(thickness))
+    plan = make_plan("a", found, machine(gpu("Quadro X", vram), threads=threads, ram_gib=ram + 4), {})
+    assert f"Quadro X with {vram} GiB" in reason(plan, "device")
+    assert f"{threads} threads" in reason(plan, "num_workers")
+    assert f"{threads} threads" in reason(plan, "num_threads")
+    assert f"{int(vram * GIB * 0.85) / GIB:.1f} GiB of GPU memory" in reason(plan, "batch_size")
+    on_cpu = make_plan("a", found, machine(threads=threads, ram_gib=ram + 4), {})
+    assert f"{int((ram + 4) * GIB * 0.6) / GIB:.1f} GiB of RAM" in reason(on_cpu, "batch_size")
+    assert (on_cpu.voxel_size_nm[1] == 9.2) == (f"pm of {thickness} nm" in reason(on_cpu, "voxel_size_nm"))
+
+
+@cheap
+def test_too_little_shared_memory_is_named_with_its_remedy() -> None:
+    plan = make_plan("a", facts(), machine(gpu(), threads=16, ram_gib=64, shm_gib=0.0625), {})
+    assert plan.num_workers < 8
+    assert "64 MiB: enlarge it (docker run --shm-size)" in reason(plan, "num_workers")
+    enough = make_plan("a", facts(), machine(gpu(), threads=16, ram_gib=64, shm_gib=32), {})
+    assert "enlarge" not in reason(enough, "num_workers")
