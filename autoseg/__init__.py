@@ -11,7 +11,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      profile.py (what a plan costs here)
     │
     ├── plan/              WHAT TO DO
-    │                      fingerprint.py · hardware.py · planner.py (the order of the rules) · draft.py
+    │                      fingerprint.py · crops.py (counts) · hardware.py · planner.py (order of the rules) · draft.py
     │                      rules_data.py · rules_split.py · rules_sampling.py · rules_network.py
     │                      rules_machine.py · rules_training.py · evidence.py, rules_scores.py (of a run)
     │                      extents.py (full patches) · resolution.py (groups of classes)
@@ -37,7 +37,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── data/              WHAT THERE IS
     │                      dataset.py datasplit.py (the layout) · classes.py (three-valued logic)
     │                      codes.py (label codes, their cache) · coding.py (how they are made)
-    │                      shapes.py (thickness, instances) · em.py integrity.py · resample.py · split.py islands.py
+    │                      shapes.py (thickness, instances) · em.py greys.py (grey values) · integrity.py
+    │                      resample.py · split.py islands.py
     │                      convert.py, writer.py (import) · synthetic.py
     │                      sanity.py (what looks wrong), traits.py (what of it is measured)
     │                      store/ (the only door to zarr): engine.py layout.py codecs.py sidecar.py

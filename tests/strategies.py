@@ -291,6 +291,7 @@ def valid_plan(**changes: Any) -> schema.Plan:
         decode=schema.Decode(thresholds=dict.fromkeys(names, 0.5), tune_thresholds=False),
         predicted_memory_bytes=2**20,
         predicted_ram_bytes=2**20,
+        predicted_disk_bytes=2**20,
         predicted_step_s=None,
         seed=0,
         reasons=(),

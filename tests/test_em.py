@@ -22,11 +22,11 @@ from autoseg.data.em import (
     finest_stored,
     make_normalizer,
     make_probe,
-    measure_intensity,
     measured_anew,
     read_input,
     volume_name,
 )
+from autoseg.data.greys import measure_intensity
 from autoseg.errors import DataError
 from autoseg.geometry import Box, Grid, NmZYX, VoxelsZYX
 from autoseg.schema import Normalization, VolumeGrey

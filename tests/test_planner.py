@@ -399,7 +399,7 @@ def test_labels_finer_than_their_em_are_not_said_to_have_its_voxel_size() -> Non
         "100% of what is annotated, by crop and class, has 4x4x4 nm (that of"
     )
     own = make_plan("a", facts((64, 64, 64), (4.0, 4.0, 4.0)), machine(), {})
-    assert reason(own, "voxel_size_nm") == "100% of what is annotated, by crop and class, has it"
+    assert reason(own, "voxel_size_nm") == "100% of what is annotated, by crop and class, has 4x4x4 nm"
 
 
 @cheap

@@ -170,6 +170,7 @@ def make_plan(names: tuple[str, ...], **changes: Any) -> Plan:
         decode=Decode(thresholds=dict.fromkeys(names, 0.5), tune_thresholds=False),
         predicted_memory_bytes=2**30,
         predicted_ram_bytes=2**31,
+        predicted_disk_bytes=2**30,
         predicted_step_s=None,
         seed=0,
         reasons=(

@@ -234,6 +234,8 @@ def index_blocks(shape_zyx: VoxelsZYX) -> IndexBlocks:
 def _content_key(crop: Crop) -> bytes:
     """Return a digest of what its values mean, where the annotation lies, and name, size and time of its files."""
     digest = hashlib.sha256(repr((CODES_VERSION, crop.grid)).encode())
+    if any(crop.start_zyx):
+        digest.update(repr(crop.start_zyx).encode())
     for label in crop.labels:
         digest.update(repr((label.name, label.instance, label.absent, label.unknown, label.present)).encode())
         digest.update(str(label.path.resolve()).encode())

@@ -115,6 +115,18 @@ def _look_up(table: NDArray[Any], key: NDArray[Any]) -> NDArray[Any]:
     return np.take(table, key)
 
 
+def check_room(shape_zyx: VoxelsZYX, folder: Path, where: str, itemsize: int = 1) -> None:
+    """Raise DataError where codes of that shape do not fit into the folder's disk."""
+    needed = math.prod(shape_zyx) * itemsize
+    total, _, free = shutil.disk_usage(folder)
+    if needed > total:  # no fault of the disk
+        what = f"{shape_zyx} voxels are {needed / 2**30:.1f} GiB of codes, the disk has {total / 2**30:.1f} GiB"
+        raise DataError(where, what, "correct the shape of its labels, or choose another --cache")
+    if needed > free:
+        what = f"{needed / 2**30:.1f} GiB of codes, {free / 2**30:.1f} GiB are free"
+        raise DataError(folder, what, "make room, or choose another --cache")
+
+
 class CodeWriter:
     """Numbers rows of states as they come and writes codes.npy: one byte a voxel until that is too few."""
 
@@ -126,14 +138,7 @@ class CodeWriter:
         self._create(self._path)
 
     def _create(self, path: Path) -> None:
-        needed = math.prod(self._shape) * np.dtype(self._dtype).itemsize
-        total, _, free = shutil.disk_usage(path.parent)
-        if needed > total:  # no fault of the disk
-            what = f"{self._shape} voxels are {needed / 2**30:.1f} GiB of codes, the disk has {total / 2**30:.1f} GiB"
-            raise DataError(self._where, what, "correct the shape of its labels, or choose another --cache")
-        if needed > free:
-            what = f"{needed / 2**30:.1f} GiB of codes, {free / 2**30:.1f} GiB are free"
-            raise DataError(path.parent, what, "make room, or choose another --cache")
+        check_room(self._shape, path.parent, self._where, np.dtype(self._dtype).itemsize)
         self._offset = np.lib.format.open_memmap(path, mode="w+", dtype=self._dtype, shape=self._shape).offset
 
     def _map(self) -> NDArray[Any]:
@@ -202,10 +207,11 @@ def encode_labels(crop: Crop, writer: CodeWriter, checksums: Checksums) -> None:
         flags = [_Flags(part.shape_zyx, len(readers)) for part in parts]
         for k, (label, reader, there) in enumerate(zip(crop.labels, readers, stored, strict=True)):
             for box, flag in zip(parts, flags, strict=True):
-                edges = zip(box.start, box.stop, reader.chunk_zyx, strict=True)
+                wanted = box.shift(crop.start_zyx)
+                edges = zip(wanted.start, wanted.stop, reader.chunk_zyx, strict=True)
                 chunks = tuple(slice(a // c, -(-b // c)) for a, b, c in edges)
                 # where nothing is stored, one voxel tells the fill value of all
-                part = box if there[chunks].any() else Box(box.start, _zyx([a + 1 for a in box.start]))
+                part = wanted if there[chunks].any() else Box(wanted.start, _zyx([a + 1 for a in wanted.start]))
                 odd = _add_label(flag, k, label, reader.read(part))
                 if odd:
                     writer.undeclared[label.name] = writer.undeclared.get(label.name, 0) + odd

@@ -22,7 +22,7 @@ from autoseg.data import store
 from autoseg.data.classes import table_of
 from autoseg.data.datasplit import CropRow, SplitName, read_datasplit, refuse_namesake, refuse_twins
 from autoseg.errors import AutosegError, DataError, counted
-from autoseg.geometry import Box, Grid
+from autoseg.geometry import Box, Grid, VoxelsZYX
 from autoseg.schema import ClassTable, LeftOut, nearest
 
 RECON = "recon-1"
@@ -46,18 +46,24 @@ class LabelArray(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """One annotated box and the EM volume it lies in."""
+    """One annotated box and the EM volume it lies in; a part of one begins at `start_zyx` of its label arrays."""
 
     name: str
     em: Path
     grid: Grid
     labels: tuple[LabelArray, ...]
     split: SplitName | None
+    start_zyx: VoxelsZYX = (0, 0, 0)
 
     @property
     def volume(self) -> str:
         """Name of the data set (EM volume) that holds the crop."""
         return self.name.rsplit("/", 1)[0]
+
+    def part(self, box: Box) -> Crop:
+        """Return a box of this crop, in its voxels, as a crop of its own."""
+        z, y, x = (a + b for a, b in zip(self.start_zyx, box.start, strict=True))
+        return self._replace(grid=self.grid.crop(box), start_zyx=(z, y, x))
 
 
 class Dataset(NamedTuple):

@@ -29,7 +29,7 @@ COUNTED = {"absent": ABSENT, "unknown": UNKNOWN}
 
 
 def pin(crop: Crop, checksums: store.Checksums) -> str:
-    """Record the chunks under a crop, so that damage is caught when they are read; return their digest.
+    """Record the chunks under a crop (or a part), so that damage is caught when they are read; return their digest.
 
     What is recorded already and has the same size and time is not read again. DamageError for a chunk that is not
     what was recorded, DataError for EM that cannot be decoded (labels were, when their codes were built).
@@ -37,7 +37,8 @@ def pin(crop: Crop, checksums: store.Checksums) -> str:
     digest = hashlib.sha256()
     for label in sorted(crop.labels, key=lambda label: label.name):
         reader = store.ArrayReader(label.path, store.ChunkCache(0))
-        units = store.units_of(reader.layout, (0, 0, 0), reader.shape_zyx)
+        box = Box.whole(crop.grid.shape_zyx).shift(crop.start_zyx)
+        units = store.units_of(reader.layout, box.start, box.stop)
         digest.update(label.name.encode() + checksums.record(reader.path, reader.layout, units))
     for grid, reader in _em_levels(crop):
         box = grid.covering(crop.grid).grow((1, 1, 1)).clip(Box.whole(grid.shape_zyx))
@@ -53,10 +54,10 @@ def _em_levels(crop: Crop) -> Iterator[tuple[Grid, store.ArrayReader]]:
         yield level.grid, store.ArrayReader(level.path, store.ChunkCache(0))
 
 
-def find_missing(crop: Crop, codes: CropCodes) -> Iterator[Finding]:
+def find_missing(crop: Crop, codes: CropCodes | None) -> Iterator[Finding]:
     """Yield what is not there: EM outside the volume or never fetched, label voxels that the annotation counted.
 
-    `codes` are those at the crop's own voxel size.
+    `codes` are those at the crop's own voxel size, None where not all of them were made.
     """
     levels = list(_em_levels(crop))
     finest = levels[0][0]
@@ -72,8 +73,9 @@ def find_missing(crop: Crop, codes: CropCodes) -> Iterator[Finding]:
     if share < inside - 1e-9:
         what = f"of the EM under it {inside - share:.1%} was never fetched and is masked"
         yield _finding(crop.name, "not-fetched", what, {"share": inside - share})
-    yield from _miscounted(crop, codes)
-    yield from _undeclared(crop, codes)
+    if codes is not None:
+        yield from _miscounted(crop, codes)
+        yield from _undeclared(crop, codes)
 
 
 def _miscounted(crop: Crop, codes: CropCodes) -> Iterator[Finding]:

@@ -10,29 +10,22 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoseg.data import store
-from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, States, cellmap_table, select
-from autoseg.data.codes import CropCodes, open_codes
-from autoseg.data.coding import INDEX_BLOCK
+from autoseg.data.classes import Logic, cellmap_table, select
 from autoseg.data.dataset import Crop, Dataset, open_dataset, refuse_too_many
 from autoseg.data.datasplit import shared_numbers
-from autoseg.data.em import Measured, finest_stored, make_probe, measure_intensity
-from autoseg.data.integrity import find_missing, pin
+from autoseg.data.em import finest_stored, make_probe
+from autoseg.data.greys import Measured, measure_intensity
 from autoseg.data.sanity import find
 from autoseg.data.shapes import measure_shape, pool_shape, sections_apart
-from autoseg.data.traits import CropTraits, remembered
 from autoseg.errors import DataError
-from autoseg.geometry import part_length
+from autoseg.plan.crops import OpenCrop, crop_facts, open_crop
 from autoseg.plan.extents import valid_shares
 from autoseg.schema import (
-    ClassCount,
     ClassShape,
-    Contradiction,
     CropFacts,
     Finding,
     Fingerprint,
@@ -43,24 +36,6 @@ from autoseg.schema import (
 Progress = Callable[[str, int, int], None]
 SHAPE_CROPS = 2
 SHAPE_VOXELS = 1000
-SECTIONS = 64  # of label codes, looked at together
-
-
-class _Opened(NamedTuple):
-    """One crop, its codes, and what they mean for the classes of the fingerprint."""
-
-    crop: Crop
-    codes: CropCodes
-    states_CK: States
-    conflicts_C: NDArray[np.bool_]
-    contradictions: tuple[Contradiction, ...]
-
-    @property
-    def cooccurrence_KK(self) -> NDArray[np.int64]:
-        """Return the voxels that hold both of two classes."""
-        present_CK = (self.states_CK == PRESENT).astype(np.int64)
-        found: NDArray[np.int64] = present_CK.T @ (present_CK * self.codes.histogram_C[:, None])
-        return found
 
 
 def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done, total: None) -> Fingerprint:
@@ -71,13 +46,13 @@ def fingerprint(data: Path, cache: Path, progress: Progress = lambda what, done,
     logic = Logic(dataset.table)
     annotated = sorted({label.name for crop in dataset.crops for label in crop.labels} & set(logic.names))
     names = _knowable(logic, dataset, annotated)
-    usable: list[_Opened] = []
+    usable: list[OpenCrop] = []
     crops, left_out, findings, traits = [], list(dataset.left_out), list[Finding](), []
     for done, crop in enumerate(dataset.crops):
         progress("crops", done, len(dataset.crops))
         try:
-            opened = _open(crop, logic, names, cache)
-            facts, found, look = _crop_facts(opened, logic, names, cache)
+            opened = open_crop(crop, logic, names, cache)
+            facts, found, look = crop_facts(opened, logic, names, cache)
         except DataError as error:
             left_out.append(_left_out(crop, error, dataset.root))
             refuse_too_many(data, len(dataset.crops) + len(dataset.left_out), left_out)
@@ -133,65 +108,8 @@ def _knowable(logic: Logic, dataset: Dataset, annotated: list[str]) -> list[str]
     return [name for name in logic.names if name in known]
 
 
-def _open(crop: Crop, logic: Logic, names: list[str], cache: Path) -> _Opened:
-    codes = open_codes(crop, crop.grid.voxel_size_nm, cache)
-    rows = logic.rows(codes.states_CK, codes.names)
-    states, conflicts = logic.complete(rows)
-    said = logic.contradictions(rows, codes.histogram_C)
-    return _Opened(crop, codes, states[:, logic.columns(names)], np.asarray(conflicts.any(axis=1)), said)
-
-
-def _crop_facts(
-    opened: _Opened, logic: Logic, names: list[str], cache: Path
-) -> tuple[CropFacts, list[Finding], CropTraits]:
-    crop, histogram = opened.crop, opened.codes.histogram_C
-    digest = pin(crop, store.checksums_in(cache))
-    along_y, along_x = (_counts_along(opened.codes, axis) @ (opened.states_CK == PRESENT) for axis in (1, 2))
-    counts = {
-        name: ClassCount(
-            absent=int(histogram[states == ABSENT].sum()),
-            present=int(histogram[states == PRESENT].sum()),
-            unknown=int(histogram[states == UNKNOWN].sum()),
-            along_y=tuple(along_y[:, k].tolist()) if along_y[:, k].any() else (),
-            along_x=tuple(along_x[:, k].tolist()) if along_x[:, k].any() else (),
-        )
-        for k, (name, states) in enumerate(zip(names, opened.states_CK.T, strict=True))
-    }
-    facts = CropFacts(
-        name=crop.name,
-        volume=crop.volume,
-        shape_zyx=crop.grid.shape_zyx,
-        voxel_size_nm=crop.grid.voxel_size_nm,
-        origin_nm=crop.grid.origin_nm,
-        split=crop.split,
-        annotated=tuple(label.name for label in crop.labels if label.name in logic.names),
-        counts=counts,
-        conflicts=int(histogram[opened.conflicts_C].sum()),
-        contradictions=opened.contradictions,
-        stored_sha256=digest,
-        known_voxels=int(histogram[(opened.states_CK != UNKNOWN).any(axis=1)].sum()),
-    )
-    return facts, list(find_missing(crop, opened.codes)), remembered(crop, opened.codes, digest)
-
-
-def _counts_along(codes: CropCodes, axis: int) -> NDArray[np.int64]:
-    """Return how often each code occurs in each part of an axis; only short axes need a look at the voxels."""
-    shape = codes.grid.shape_zyx
-    length = part_length(shape[axis])
-    if length == INDEX_BLOCK[axis]:
-        blocks = [-(-n // b) for n, b in zip(shape, INDEX_BLOCK, strict=True)]
-        others = tuple({0, 1, 2} - {axis})
-        rows: NDArray[np.int64] = codes.counts_BC.reshape(*blocks, -1).sum(axis=others, dtype=np.int64)
-        return rows
-    volume, counts = codes.codes_ZYX, np.zeros((-(-shape[axis] // length), len(codes.states_CK)), np.int64)
-    for z in range(0, shape[0], SECTIONS):
-        parts = np.split(volume[z : z + SECTIONS], range(length, shape[axis], length), axis=axis)
-        counts += np.stack([np.bincount(part.ravel(), minlength=counts.shape[1]) for part in parts])
-    return counts
-
-
 def _shapes(
-    names: list[str], crops: Sequence[CropFacts], opened: Sequence[_Opened], progress: Progress
+    names: list[str], crops: Sequence[CropFacts], opened: Sequence[OpenCrop], progress: Progress
 ) -> tuple[ClassShape, ...]:
     """Return thickness and instances of each class that lies anywhere, from the crops that show it best."""
     shapes = []
@@ -200,8 +118,9 @@ def _shapes(
         chosen = _best_crops(name, crops)
         samples = []
         for index in chosen:
-            crop, codes, states_CK, *_ = opened[index]
-            source = next((label for label in crop.labels if label.name == name and label.instance), None)
+            crop, (codes, states_CK) = opened[index].crop, opened[index].best_part(k)
+            ids = (label for label in crop.labels if label.name == name and label.instance)
+            source = None if opened[index].is_sample else next(ids, None)
             samples.append(measure_shape(codes, states_CK[:, k], source, crop.name))
         if samples:
             flat = [any(sections_apart(crops[index].voxel_size_nm)) for index in chosen]

@@ -92,7 +92,8 @@ class ClassCount(Record, frozen=True, kw_only=True):
     """Voxels of one crop by what is known of one class.
 
     `along_y` and `along_x` say how many of the present ones lie in each part of that axis (`geometry.part_length`);
-    () where there are none, or where it was not counted.
+    () where there are none, or where it was not counted. Of a crop that was sampled the counts are scaled, and
+    `share_interval` holds the share of the known voxels that are present with 95 % confidence.
     """
 
     absent: int
@@ -100,6 +101,7 @@ class ClassCount(Record, frozen=True, kw_only=True):
     unknown: int
     along_y: tuple[int, ...] = ()
     along_x: tuple[int, ...] = ()
+    share_interval: tuple[float, float] | None = None
 
 
 class Contradiction(Record, frozen=True, kw_only=True):
@@ -200,14 +202,14 @@ class LeftOut(Record, frozen=True, kw_only=True):
 
 
 Missing = Literal["outside", "not-fetched", "miscounted", "undeclared", "damaged", "unseen"]
-Harmless = Literal["empty", "shared-number"]
+Harmless = Literal["empty", "shared-number", "sampled"]
 
 
 class Finding(Record, frozen=True, kw_only=True):
     """Something of a crop or volume that looks wrong, the numbers behind it, and what to do.
 
-    `empty` and `shared-number` are no alarms: a class may be annotated and absent, and volumes of one's own may each
-    count their crops.
+    `empty`, `shared-number` and `sampled` are no alarms: a class may be annotated and absent, volumes of one's own may
+    each count their crops, and what is too large is sampled.
     """
 
     where: str
