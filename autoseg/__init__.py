@@ -8,11 +8,11 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── arguments.py       what people type, as values
     ├── recipes/           SEVERAL VERBS IN A ROW
     │                      training.py (plan + DATA → RUN) · validate.py (predict + score) · demo.py · dev_run.py
-    │                      profile.py (what a plan costs here)
+    │                      speed.py (a plan for this machine) · profile.py (what a plan costs)
     │
     ├── plan/              WHAT TO DO
     │                      fingerprint.py · crops.py (counts) · hardware.py · planner.py (order of the rules) · draft.py
-    │                      rules_data.py · rules_split.py · rules_sampling.py · rules_network.py
+    │                      rules_data.py · rules_split.py · rules_sampling.py · rules_network.py · rules_loss.py
     │                      rules_machine.py · rules_training.py · evidence.py, rules_scores.py (of a run)
     │                      extents.py (full patches) · resolution.py (groups of classes)
     │                      shipped.py · shrink.py (a smaller machine)

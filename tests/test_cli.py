@@ -33,8 +33,9 @@ from autoseg.data.store import ArrayReader, ChunkCache, open_multiscale
 from autoseg.errors import DataError, PlanError
 from autoseg.geometry import Box
 from autoseg.model import windows
-from autoseg.plan import hardware, rules_machine
+from autoseg.plan import rules_machine
 from autoseg.predict import blocks, export
+from autoseg.recipes import speed
 from autoseg.recipes.training import train_on
 from autoseg.report import terminal
 from autoseg.schema import Plan, Reason, load_as, save
@@ -383,7 +384,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_left_behind(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
+    monkeypatch.setattr(speed, "TRIAL_S", 0.0)
     arguments, message = BAD[case]
     command = [fill(text) for text in arguments]
     monkeypatch.chdir(tmp_path / "work")
@@ -407,7 +408,7 @@ def test_json_is_one_object_on_stdout_and_nothing_else(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rules_machine, "trace_step", cheap_trace)
-    monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
+    monkeypatch.setattr(speed, "TRIAL_S", 0.0)
     run = shutil.copytree(place / "run", tmp_path / "run")
 
     def json_of(*arguments: object) -> Any:
@@ -678,7 +679,7 @@ def test_plan_train_and_evaluate_work_bare_in_a_folder_with_data(
     shutil.copytree(place / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rules_machine, "trace_step", cheap_trace)
-    monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
+    monkeypatch.setattr(speed, "TRIAL_S", 0.0)
     monkeypatch.setattr("platform.node", lambda: "rocinante.local")
     try:
         assert call("plan") == 0
@@ -735,7 +736,7 @@ def test_the_difference_of_two_plans_reads_as_the_plan_does_and_marks_what_the_u
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     a = load_as(place / "plan.json", Plan)
-    probed = msgspec.structs.replace(a.hardware, conv_gflops={"fp32": 18.390146720778258}, ram_bytes=3 * 2**29)
+    probed = msgspec.structs.replace(a.hardware, step_gflops={"fp32": 18.390146720778258}, ram_bytes=3 * 2**29)
     network = msgspec.structs.replace(a.network, strides_zyx=((1, 2, 2), (1, 2, 2)))
     reasons = [r for r in a.reasons if r.field not in ("seed", "network.strides_zyx")]
     b = msgspec.structs.replace(
@@ -757,7 +758,7 @@ def test_the_difference_of_two_plans_reads_as_the_plan_does_and_marks_what_the_u
     assert rows["network.strides_zyx"][-2:] == ["1x2x2", "1x2x2"]
     assert rows["predicted_step_s"][-1] == "0.1235"
     assert rows["fingerprint_sha256"][-1] == "f" * 12
-    assert "hardware.conv_gflops differs too: it is measured anew for each plan" in out
+    assert "hardware.step_gflops differs too: it is measured anew for each plan" in out
     assert "18.39" not in out
 
 

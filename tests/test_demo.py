@@ -10,8 +10,8 @@ from test_planner import TINY, cheap_trace, tiny_facts_plan
 
 from autoseg.errors import PlanError
 from autoseg.evaluate import summarize
-from autoseg.plan import hardware, make_plan, rules_machine
-from autoseg.recipes import demo
+from autoseg.plan import make_plan, rules_machine
+from autoseg.recipes import demo, speed
 from autoseg.schema import Outcome, Plan, ScoreRow, Scores, load_as
 
 TRAINING = (
@@ -30,9 +30,9 @@ def test_the_demo_goes_from_nothing_to_scores_and_goes_on_where_it_was(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "TRAINING", TRAINING)
     monkeypatch.setattr(demo, "UNSEEN", UNSEEN)
-    monkeypatch.setattr(demo, "make_plan", tiny)
+    monkeypatch.setattr(demo, "plan_here", tiny)
     monkeypatch.setattr(rules_machine, "trace_step", cheap_trace)
-    monkeypatch.setattr(hardware, "PROBE_SECONDS", 0.001)
+    monkeypatch.setattr(speed, "TRIAL_S", 0.0)
     folder, told, plans = tmp_path / "demo", list[str](), list[Plan]()
     try:
         made = demo.run_demo(folder, tell=told.append, planned=plans.append, budget_s=50.0)

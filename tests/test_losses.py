@@ -16,7 +16,7 @@ from torch import Tensor
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
 from autoseg.model import losses
 from autoseg.model.losses import CodeTable, CodeTargets, MaskTargets, build_loss
-from autoseg.plan.rules_network import LOSS_TERMS
+from autoseg.plan.rules_loss import LOSS_TERMS
 from autoseg.schema import Loss
 
 KINDS = sorted(LOSS_TERMS)

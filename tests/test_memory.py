@@ -11,7 +11,7 @@ import torch
 
 from autoseg.model.memory import PeakBytes, StepCost, trace_step
 from autoseg.plan.hardware import probe_hardware
-from autoseg.plan.rules_network import LOSS_TERMS
+from autoseg.plan.rules_loss import LOSS_TERMS
 from autoseg.recipes.profile import peak_bytes
 from autoseg.schema import ClassEntry, Head, Loss, Network, Plan, load_as
 from autoseg.train.patches import Batch

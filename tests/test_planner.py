@@ -71,7 +71,7 @@ def machine(*gpus: Gpu, threads: int = 2, bf16: bool = False, ram_gib: float = 8
         cpu_bf16=bf16,
         ram_bytes=int(ram_gib * GIB),
         shm_bytes=int(shm_gib * GIB),
-        conv_gflops={"fp32": 60.0, "bf16": 120.0, "fp16": 100.0},
+        step_gflops={"fp32": 60.0, "bf16": 120.0, "fp16": 100.0},
     )
 
 
@@ -406,7 +406,7 @@ def test_labels_finer_than_their_em_are_not_said_to_have_its_voxel_size() -> Non
 def test_a_step_is_priced_only_on_the_device_that_was_measured() -> None:
     priced = make_plan("a", facts(), machine(gpu()), {})
     assert priced.predicted_step_s is not None
-    assert "share is estimated" in next(r.source for r in priced.reasons if r.field == "predicted_step_s")
+    assert "measured here" in next(r.source for r in priced.reasons if r.field == "predicted_step_s")
     other = make_plan("a", facts(), machine(gpu()), {"device": "cpu"})
     assert other.predicted_step_s is None
     assert reason(other, "predicted_step_s") == "the speed of this machine in fp32 on cpu was not measured"
@@ -642,7 +642,7 @@ def test_a_cpu_takes_smaller_batches_rather_than_few_steps() -> None:
 
     long, short = batch(1e5), batch(1.0)
     assert (long, short) == ((8, 1), (4, 1))
-    slow = msgspec.structs.replace(machine(), conv_gflops=None)
+    slow = msgspec.structs.replace(machine(), step_gflops=None)
     unknown = make_plan("a", facts(), slow, {"budget_s": 1.0, "patch_size_zyx": (1, 128, 128)})
     assert unknown.batch_size == 8
 

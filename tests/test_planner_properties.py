@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,9 +16,9 @@ from test_planner import GIB, cheap, facts, fingerprints, gpu, machine, machines
 
 from autoseg.errors import PlanError
 from autoseg.model.memory import trace_step
-from autoseg.plan import make_plan, share_hardware
+from autoseg.plan import make_plan, parse_settings, read_hardware, share_hardware
 from autoseg.plan.rules_machine import MAX_BATCH, room_on
-from autoseg.schema import Fingerprint, Hardware
+from autoseg.schema import Fingerprint, Hardware, save
 
 Inputs = tuple[Fingerprint, Hardware]
 
@@ -184,3 +186,51 @@ def test_too_little_shared_memory_is_named_with_its_remedy() -> None:
     assert "64 MiB: enlarge it (docker run --shm-size)" in reason(plan, "num_workers")
     enough = make_plan("a", facts(), machine(gpu(), threads=16, ram_gib=64, shm_gib=32), {})
     assert "enlarge" not in reason(enough, "num_workers")
+
+
+# ---- what no machine is --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"ram_bytes": -1}, "ram_bytes: -1: give bytes", id="negative-ram"),
+        pytest.param({"ram_bytes": 24}, "give bytes: 11 GiB are 11811160064", id="ram-in-gigabytes"),
+        pytest.param({"shm_bytes": -5}, "shm_bytes: -5", id="negative-shm"),
+        pytest.param({"cpu_threads": 0}, "cpu_threads: 0: use at least 1", id="no-thread"),
+        pytest.param({"step_gflops": {"fp32": -3.0}}, "step_gflops.fp32: -3", id="negative-speed"),
+        pytest.param({"gpus": (gpu(), gpu(gib=-11))}, r"gpus\[1\].memory_bytes: -11811160064", id="negative-vram"),
+        pytest.param({"gpus": (gpu(gib=11 / GIB),)}, r"gpus\[0\].memory_bytes: 11: give bytes", id="vram-in-gigabytes"),
+    ],
+)
+def test_numbers_that_no_machine_has_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make_plan("a", facts(), _replace(machine(), **changes), {})
+
+
+@pytest.mark.parametrize(
+    ("hardware", "asked"),
+    [
+        pytest.param(machine(gpu(gib=1.01)), {}, id="tiny-gpu"),
+        pytest.param(machine(gpu(gib=4)), {"patch_size_zyx": (64, 256, 256)}, id="huge-patch"),
+        pytest.param(machine(gpu(gib=1.5)), {"network.features": (1280, 1280)}, id="wide-network"),
+    ],
+)
+def test_where_nothing_fits_the_nearest_that_would_is_named_and_does(hardware: Hardware, asked: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="one patch of") as refused:
+        make_plan("a", facts(), hardware, asked)
+    remedy = str(refused.value).rsplit(": ", 1)[1]
+    pairs = re.findall(r"--set (\S+)", remedy)
+    assert pairs, remedy
+    again = make_plan("a", facts(), hardware, asked | parse_settings(pairs))
+    assert again.predicted_memory_bytes <= room_on(hardware, "cuda")[0]
+
+
+def test_a_plan_for_a_machine_stands_for_it(tmp_path: Path) -> None:
+    plan = make_plan("a", facts(), machine(gpu(), threads=7), {})
+    save(plan, tmp_path / "plan.json")
+    save(plan.hardware, tmp_path / "hardware.json")
+    assert read_hardware(str(tmp_path / "plan.json")) == plan.hardware == read_hardware(str(tmp_path / "hardware.json"))
+    save(facts(), tmp_path / "facts.json")
+    with pytest.raises(PlanError, match="neither a machine nor a plan"):
+        read_hardware(str(tmp_path / "facts.json"))

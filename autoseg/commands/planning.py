@@ -28,10 +28,11 @@ from autoseg.plan import (
     share_hardware,
 )
 from autoseg.recipes.profile import profile_plan
+from autoseg.recipes.speed import plan_here
 from autoseg.report import data_tables, terminal
 from autoseg.schema import Fingerprint, Hardware, Plan, Profile, load_as, save
 
-PROBED = "hardware.conv_gflops"
+PROBED = ("hardware.step_gflops", "hardware.disk_free_bytes")
 SHORT_HASH = 12
 
 ANY_EDGE_NM = (0.0, 1e9)
@@ -103,7 +104,8 @@ def run_plan(options: argparse.Namespace) -> int:
     data_tables.warn(facts, console)
     evidence = read_evidence(options.scores) if options.scores else None
     wanted = _by_resolution(facts, hardware, out, settings) if options.by_resolution else {out: (settings, "")}
-    plans = {path: make_plan(path.stem, facts, hardware, of_path, evidence) for path, (of_path, _) in wanted.items()}
+    make = plan_here if local else make_plan
+    plans = {path: make(path.stem, facts, hardware, of_path, evidence) for path, (of_path, _) in wanted.items()}
     for path, plan in plans.items():
         save(plan, path)
         results.print(terminal.plan_table(plan))
@@ -185,7 +187,8 @@ def _difference_table(rows: list[tuple[str, Any, Any]], plans: tuple[Plan, Plan]
             cells.append(f"{text} (user)" if is_set else text)
         table.add_row(*cells)
     notes = ["(user): set by the user, the rest follows"] if any(by_user) and rows else []
-    notes += [f"{PROBED} differs too: it is measured anew for each plan"] if probed else []
+    fields = dict.fromkeys(name for name in PROBED for row in probed if row[0].startswith(name))
+    notes += [f"{name} differs too: it is measured anew for each plan" for name in fields]
     table.caption, table.caption_justify = "; ".join(notes) or None, "left"
     return table
 

@@ -1,10 +1,9 @@
-"""Machine -> hardware record: what this process may really use, and how fast a convolution runs on it."""
+"""Machine -> hardware record: what this process may really use, and one run's share of it."""
 
 from __future__ import annotations
 
 import math
 import platform
-import time
 from pathlib import Path
 
 import msgspec
@@ -15,24 +14,19 @@ from autoseg.errors import PlanError
 from autoseg.limits import usable_ram_bytes, usable_threads
 from autoseg.schema import Gpu, Hardware
 
-PROBE_SECONDS = 0.4
 
-
-def probe_hardware(*, measure_speed: bool = True) -> Hardware:
+def probe_hardware() -> Hardware:
     """Return the local machine; threads by affinity and cgroup quota, RAM by cgroup, GPUs as CUDA reports them."""
     gpus = tuple(_gpu(i) for i in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
-    threads = usable_threads()
-    bf16 = _cpu_has_bf16()
     return Hardware(
         name=platform.node().split(".")[0] or "local",
         gpus=gpus,
         cpu_name=_cpu_name(),
-        cpu_threads=threads,
-        cpu_bf16=bf16,
+        cpu_threads=usable_threads(),
+        cpu_bf16=_cpu_has_bf16(),
         ram_bytes=usable_ram_bytes(),
         disk_free_bytes=psutil.disk_usage(".").free,
         shm_bytes=psutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
-        conv_gflops=measure_conv_gflops(torch.device("cuda" if gpus else "cpu"), threads) if measure_speed else None,
     )
 
 
@@ -51,47 +45,8 @@ def share_hardware(hardware: Hardware, num_runs: int) -> Hardware:
         cpu_threads=max(1, hardware.cpu_threads // num_runs),
         ram_bytes=hardware.ram_bytes // num_runs,
         shm_bytes=hardware.shm_bytes // num_runs,
-        conv_gflops=hardware.conv_gflops and {name: speed / on_one for name, speed in hardware.conv_gflops.items()},
+        step_gflops=hardware.step_gflops and {name: speed / on_one for name, speed in hardware.step_gflops.items()},
     )
-
-
-def measure_conv_gflops(device: torch.device, threads: int) -> dict[str, float]:
-    """Return the measured speed of a 3x3 convolution of 32 channels, forward and backward, by precision."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return {name: _conv_gflops(device, dtype) for name, dtype in _precisions(device).items()}
-    finally:
-        torch.set_num_threads(before)
-
-
-def _precisions(device: torch.device) -> dict[str, torch.dtype]:
-    if device.type == "cpu":
-        return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if _cpu_has_bf16() else {})
-    bf16 = {"bf16": torch.bfloat16} if torch.cuda.is_bf16_supported(including_emulation=False) else {}
-    return {"fp32": torch.float32, "fp16": torch.float16} | bf16
-
-
-def _conv_gflops(device: torch.device, dtype: torch.dtype) -> float:
-    layout = torch.channels_last
-    weight = torch.randn(32, 32, 3, 3).to(device, dtype, memory_format=layout).requires_grad_()
-    image = torch.randn(8, 32, 128, 128).to(device, dtype, memory_format=layout).requires_grad_()
-    gradient = torch.randn(8, 32, 128, 128).to(device, dtype, memory_format=layout)
-    flops = 3 * 2 * 9 * 32 * 32 * 8 * 128 * 128
-
-    def once() -> None:
-        torch.nn.functional.conv2d(image, weight, padding=1).backward(gradient)  # type: ignore[no-untyped-call]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    once()
-    once()
-    times: list[float] = []
-    while sum(times) < PROBE_SECONDS or len(times) < 3:
-        start = time.perf_counter()
-        once()
-        times.append(time.perf_counter() - start)
-    return float(flops / sorted(times)[len(times) // 2] / 1e9)
 
 
 def _gpu(index: int) -> Gpu:

@@ -10,6 +10,7 @@ import msgspec
 
 from autoseg.errors import PlanError
 from autoseg.plan import rules_data as data
+from autoseg.plan import rules_loss as loss
 from autoseg.plan import rules_machine as fit
 from autoseg.plan import rules_network as network
 from autoseg.plan import rules_sampling as sampling
@@ -70,8 +71,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("network.kernels_zyx", network.choose_kernels),
     ("network.norm", network.choose_norm),
     ("network.deep_supervision", network.choose_deep_supervision),
-    ("loss.kind", network.choose_loss),
-    *((f"loss.{name}", functools.partial(network.choose_loss_field, field=name)) for name in _LOSS_FIELDS),
+    ("loss.kind", loss.choose_loss),
+    *((f"loss.{name}", functools.partial(loss.choose_loss_field, field=name)) for name in _LOSS_FIELDS),
     ("network.features", network.choose_features),
     ("budget_s", fit.choose_budget),
     ("batch_size", fit.choose_batch_size),
@@ -80,8 +81,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("num_workers", fit.choose_num_workers),
     ("normalization.kind", data.choose_normalization),
     ("normalization.volumes", data.choose_volume_greys),
-    ("class_weights", sampling.choose_class_weights),
     ("sampling.class_centred_fraction", sampling.choose_sampling_fraction),
+    ("class_weights", loss.choose_class_weights),
     ("sampling.class_floor", sampling.choose_class_floor),
     ("sampling.class_power", sampling.choose_class_power),
     ("sampling.crops_per_step", sampling.choose_crops_per_step),

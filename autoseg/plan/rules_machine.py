@@ -12,7 +12,7 @@ import msgspec
 from autoseg.errors import PlanError, counted
 from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
 from autoseg.plan.draft import Choice, Draft
-from autoseg.schema import Hardware, Loss, Network
+from autoseg.schema import Hardware, Loss, Network, Plan
 
 GIB = 2**30
 VRAM_SHARE = 0.85
@@ -24,10 +24,8 @@ MAX_WORKERS = 8
 CHECKPOINTS, STORED_TENSORS = 4, 4  # last, previous, best and the one being written; weights, average and moments
 MAX_BATCH = {True: 32, False: 4}
 MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
-# Share of a CPU step, its batch included, that the convolutions would take alone at the measured speed of one: the
-# rest is memory traffic, loss and data. Measured on VNC, 4 classes: two cores with AMX (bf16), two with AVX2 (fp32).
-CPU_CONV_SHARE = {"bf16": 0.21, "fp32": 0.9}
-GPU_CONV_SHARE = 0.5  # estimated
+# Of a step; measured on VNC, two CPU cores: 6 to 8 % (one thread, bf16), without workers.
+DATA_SHARE = 0.07
 DEFAULT_BUDGET_S = {"cpu": 1800.0, "cuda": 6 * 3600.0}
 
 
@@ -50,12 +48,15 @@ def choose_batch_size(draft: Draft) -> Choice:
 
 
 def _nearest_that_fits(draft: Draft, room: int) -> str:
-    """Return what would fit: the patch, halved along its longest edges, else narrower levels too, else more memory."""
+    """Return what would fit: the patch, halved along its longest edges, else narrower levels too, else more memory.
+
+    No edge gets so short that the network would lose a level.
+    """
     steps = [math.prod(stride[axis] for stride in draft["network.strides_zyx"]) for axis in range(3)]
     patch, features, need = list(draft["patch_size_zyx"]), draft["network.features"], 0
     while True:
         halved = [n // 2 if n == max(patch) else n for n in patch]
-        smaller = [h if h > 0 == h % s else n for n, h, s in zip(patch, halved, steps, strict=True)]
+        smaller = [h if h % s == 0 and h >= 4 * s > 4 else n for n, h, s in zip(patch, halved, steps, strict=True)]
         if smaller == patch:
             if max(features) == 1:
                 return f"nothing smaller does: it takes a machine with {need / GIB:.1f} GiB to spare"
@@ -196,31 +197,35 @@ def _code_voxels(draft: Draft) -> int:
 
 def choose_step_s(draft: Draft) -> Choice:
     """Return the predicted seconds of an optimizer step, None where this machine's speed is unknown."""
-    speed = _conv_gflops(draft)
+    speed = _step_gflops(draft)
     if speed is None:
         because = f"the speed of this machine in {draft['precision']} on {draft['device']} was not measured"
         return Choice(None, because, "hardware")
     patches = draft["batch_size"] * draft["accumulate_batches"]
-    because = f"{patches * step_cost(draft).patch_flops / 1e9:.0f} Gflop at {speed:.0f} Gflop/s, convolutions being "
-    because += f"{_conv_share(draft):.0%} of a step"
-    origin = "measured on VNC" if draft["device"] == "cpu" else "estimated"
-    return Choice(_step_seconds(draft, patches), because, f"measured convolution; its share is {origin}")
+    because = f"{patches * step_cost(draft).patch_flops / 1e9:.1f} Gflop at {speed:.0f} Gflop/s"
+    because += f", and {DATA_SHARE:.0%} for its batch" if draft["num_workers"] == 0 else "; workers make its batch"
+    return Choice(_step_seconds(draft, patches), because, "steps of this network, measured here on random voxels")
 
 
 def _step_seconds(draft: Draft, patches: int) -> float | None:
     """Return the predicted seconds of a step of so many patches, None where the speed is unknown."""
-    speed = _conv_gflops(draft)
-    return None if speed is None else patches * step_cost(draft).patch_flops / (speed * 1e9) / _conv_share(draft)
+    speed = _step_gflops(draft)
+    if speed is None:
+        return None
+    data = DATA_SHARE if draft["device"] == "cpu" else 0.0
+    return patches * step_cost(draft).patch_flops / (speed * 1e9) * (1 + data)
 
 
-def _conv_gflops(draft: Draft) -> float | None:
-    """Return the speed of a convolution on the plan's device, None where another device was measured."""
+def _step_gflops(draft: Draft) -> float | None:
+    """Return the speed of training steps on the plan's device, None where another device was measured."""
     measured = "cuda" if draft.hardware.gpus else "cpu"
-    return (draft.hardware.conv_gflops or {}).get(draft["precision"]) if draft["device"] == measured else None
+    return (draft.hardware.step_gflops or {}).get(draft["precision"]) if draft["device"] == measured else None
 
 
-def _conv_share(draft: Draft) -> float:
-    return CPU_CONV_SHARE.get(draft["precision"], 1.0) if draft["device"] == "cpu" else GPU_CONV_SHARE
+def cost_of(plan: Plan) -> StepCost:
+    """Return the traced cost of a plan's step."""
+    key = (msgspec.json.encode(plan.network), msgspec.json.encode(plan.loss))
+    return _cached_cost(key, plan.input_slices, len(plan.classes), tuple(plan.patch_size_zyx), plan.precision)
 
 
 def choose_budget(draft: Draft) -> Choice:

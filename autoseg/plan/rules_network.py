@@ -9,14 +9,6 @@ from autoseg.plan.rules_machine import step_cost, usable_bytes
 
 GIB = 2**30
 NARROW, WIDE = (18, 36, 48, 64, 80), (32, 64, 128, 256, 320)
-LOSS_TERMS: dict[str, dict[str, float]] = {
-    "bce": {"bce": 1.0},
-    "dice": {"dice": 1.0},
-    "dice_bce": {"dice": 1.0, "bce": 1.0},
-    "focal": {"focal": 1.0},
-    "focal_dice": {"focal": 0.5, "dice": 0.5},
-    "tversky": {"tversky": 1.0},
-}
 
 
 def choose_device(draft: Draft) -> Choice:
@@ -126,24 +118,3 @@ def choose_deep_supervision(draft: Draft) -> Choice:
     if draft["dimensions"] == "3d":
         return Choice(True, "3D networks learn from short runs: coarse levels get a gradient at once", "nnU-Net")
     return Choice(False, "shallow 2D networks train without", "simplest that works")
-
-
-def choose_loss(draft: Draft) -> Choice:
-    """Return the kind of loss."""
-    return Choice("dice_bce", "the overlap that is scored, plus a gradient for every voxel", "Ma et al. 2021: robust")
-
-
-def choose_loss_field(draft: Draft, field: str) -> Choice:
-    """Return one number of the loss: the weights its kind is made of, and its parameters."""
-    kind = draft["loss.kind"]
-    if field.endswith("_weight"):
-        term = field.removesuffix("_weight")
-        return Choice(LOSS_TERMS[kind].get(term, 0.0), f"part of {kind}", "kind of loss")
-    value = {"focal_gamma": 2.0, "tversky_alpha": 0.3, "tversky_beta": 0.7, "smooth": 1.0}[field]
-    note = {
-        "focal_gamma": "used by focal terms",
-        "tversky_alpha": "weighs false positives",
-        "tversky_beta": "weighs false negatives",
-        "smooth": "one voxel: keeps absent classes from exploding",
-    }[field]
-    return Choice(value, note, "paper default")

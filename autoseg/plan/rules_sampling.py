@@ -16,17 +16,6 @@ from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_data import share_of, training_crops
 
 
-def choose_class_weights(draft: Draft) -> Choice:
-    """Return one weight for every class."""
-    names = [entry.name for entry in draft["classes"]]
-    set_by_user = draft.settings.get("class_weights.*", {})
-    weights = {name: set_by_user.get(name, 1.0) for name in names}
-    because = "every class counts alike; rare ones are drawn more often instead"
-    if set_by_user:
-        return Choice(weights, f"set by the user for {', '.join(set_by_user)}, else 1", "user")
-    return Choice(weights, because, "simplest; weights are unmeasured here")
-
-
 def choose_sampling_fraction(draft: Draft) -> Choice:
     """Return the share of patches that are centred on a voxel of a class."""
     rarest = min((share_of(draft, entry.name), entry.name) for entry in draft["classes"])

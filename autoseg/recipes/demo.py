@@ -26,7 +26,8 @@ from autoseg.data.writer import ImportRequest
 from autoseg.errors import DataError, PlanError, counted
 from autoseg.geometry import Box, NmZYX, VoxelsZYX
 from autoseg.metrics.overlap import Counts, mean, ratios
-from autoseg.plan import fingerprint, make_plan, probe_hardware
+from autoseg.plan import fingerprint, probe_hardware
+from autoseg.recipes.speed import plan_here
 from autoseg.recipes.training import train_on
 from autoseg.recipes.validate import evaluate_run
 from autoseg.schema import Observer, Outcome, Plan, Scores, load_as, save
@@ -94,7 +95,7 @@ def run_demo(
     plan_path = folder / "plan.json"
     if not plan_path.exists():
         facts = fingerprint(folder / "data", cache)
-        save(make_plan("demo", facts, probe_hardware(), {"budget_s": budget_s or BUDGET_S}), plan_path)
+        save(plan_here("demo", facts, probe_hardware(), {"budget_s": budget_s or BUDGET_S}), plan_path)
     plan = load_as(plan_path, Plan)
     if budget_s not in (None, plan.budget_s):
         what = f"was planned for {plan.budget_s:g} s of training, not {budget_s:g}"

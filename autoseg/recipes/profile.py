@@ -57,7 +57,7 @@ def profile_plan(
     DATA and runs are not written to; label codes go to the cache, as for every command.
     """
     check_plan(plan, plan.name)
-    changes, told = shrink(plan, probe_hardware(measure_speed=False), device)
+    changes, told = shrink(plan, probe_hardware(), device)
     for line in told:
         tell(f"adapted to this machine: {line}")
     plan = msgspec.structs.replace(plan, **changes)

@@ -52,7 +52,7 @@ def _changes(plan: Plan, run: Path, device: str, warn: Warn) -> tuple[dict[str, 
     """Return what differs from the plan on this machine: what the run wrote down, and what must shrink now."""
     before = adaptation(run, "machine")
     changes = dict(before["changes"]) if before else {}
-    more, because = shrink(msgspec.structs.replace(plan, **changes), probe_hardware(measure_speed=False), device)
+    more, because = shrink(msgspec.structs.replace(plan, **changes), probe_hardware(), device)
     if not more:
         return changes, []
     for line in because:

@@ -116,7 +116,7 @@ def hardware_section(artifacts: Artifacts) -> Html:
     """Return the machine of the plan, and what was predicted for it beside what was measured."""
     plan, machine = artifacts.plan, artifacts.plan.hardware
     gpus = [f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in machine.gpus]
-    speed = ", ".join(f"{name} {value:,.0f} Gflop/s" for name, value in (machine.conv_gflops or {}).items())
+    speed = ", ".join(f"{name} {value:,.0f} Gflop/s" for name, value in (machine.step_gflops or {}).items())
     step_s = [v for line in artifacts.steps if (v := value_of(line, "step_s")) is not None]
     wait_s = [v for line in artifacts.steps if (v := value_of(line, "wait_s")) is not None]
     total = sum(step_s) + sum(wait_s)

@@ -35,7 +35,7 @@ def check_hardware(hardware: Hardware, where: object) -> None:
     ]
     for i, gpu in enumerate(hardware.gpus):
         values += [(f"gpus[{i}].memory_bytes", gpu.memory_bytes, GIB), (f"gpus[{i}].free_bytes", gpu.free_bytes, 0)]
-    values += [(f"conv_gflops.{name}", speed, 1e-9) for name, speed in (hardware.conv_gflops or {}).items()]
+    values += [(f"step_gflops.{name}", speed, 1e-9) for name, speed in (hardware.step_gflops or {}).items()]
     for field, value, lowest in values:
         if value is not None and value < lowest:
             remedy = f"give bytes: 11 GiB are {11 * GIB}" if field.endswith("_bytes") else f"use at least {lowest:g}"

@@ -281,7 +281,8 @@ class Hardware(Artifact, frozen=True, kw_only=True, tag="hardware"):
     """What a planner may know of a machine.
 
     `disk_free_bytes` is that of the folder it was asked in, None for a machine that is not at hand.
-    `conv_gflops` is measured, by precision, on the first GPU or, where there is none, on the CPU; None if it was not.
+    `step_gflops` is the speed of whole training steps of the plan, by precision, measured on the first GPU or,
+    where there is none, on the CPU; None if it was not.
     """
 
     name: str
@@ -292,4 +293,4 @@ class Hardware(Artifact, frozen=True, kw_only=True, tag="hardware"):
     ram_bytes: int
     shm_bytes: int
     disk_free_bytes: int | None = None
-    conv_gflops: dict[str, float] | None = None
+    step_gflops: dict[str, float] | None = None

@@ -1,0 +1,105 @@
+"""Rules of the loss: its kind, its parameters, the weight of each class, from how rare and how thin the classes are.
+
+The decision tree is that of the CellMap loss experiments (Shan-CU), with numbers in place of words; where a run of
+ours contradicts it, the run is followed (tests/benchmarks/README.md has them)::
+
+    share of the rarest class      the tree                   here
+    over 20 %                      cross-entropy              dice_bce: cross-entropy alone was last in every comparison
+    0.1 % to 20 %                  focal_dice, weights        dice_bce without weights: as good, and weights did harm
+    below 0.1 %                    focal_dice, weights        focal_dice, unmeasured
+    a scored run calls a class
+    too often or too seldom        focal, Tversky             rules_scores.py
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from autoseg.plan.draft import Choice, Draft
+from autoseg.plan.rules_data import share_of
+
+BALANCED, VERY_RARE = 0.2, 0.001
+THIN_VOXELS = 4.0
+LEAST_WEIGHT, MOST_WEIGHT = 0.5, 3.0
+MEASURED = "VNC, 1,000 steps, 3 seeds each: dice_bce .763 ± .003, focal_dice .765, tversky .72, bce .60"
+WEIGHTS_MEASURED = "VNC, 1,000 steps, 3 seeds each: .763 alike, .655 by the root of inverse shares"
+TREE = "decision tree of the CellMap loss experiments (Shan-CU)"
+LOSS_TERMS: dict[str, dict[str, float]] = {
+    "bce": {"bce": 1.0},
+    "dice": {"dice": 1.0},
+    "dice_bce": {"dice": 1.0, "bce": 1.0},
+    "focal": {"focal": 1.0},
+    "focal_dice": {"focal": 0.5, "dice": 0.5},
+    "tversky": {"tversky": 1.0},
+}
+
+
+def choose_loss(draft: Draft) -> Choice:
+    """Return the kind of loss."""
+    shares = {entry.name: share_of(draft, entry.name) for entry in draft["classes"]}
+    rarest, commonest = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+    share = shares[rarest]
+    seen = f"{rarest} fills {share:.2%} of what is known of it"
+    seen += f", {commonest} {shares[commonest]:.0%}" if rarest != commonest else ""
+    seen += _thin(draft)
+    if share >= BALANCED:
+        because = f"{seen}: no class is rare, but cross-entropy alone misses the overlap that is scored"
+        return Choice("dice_bce", because, f"{TREE} has cross-entropy here; unmeasured at such shares")
+    if share >= VERY_RARE:
+        return Choice("dice_bce", f"{seen}: the overlap that is scored, plus a gradient for every voxel", MEASURED)
+    because = f"{seen}: under {VERY_RARE:.1%}, so easy voxels must not drown it"
+    return Choice("focal_dice", because, f"{TREE}; unmeasured at such shares")
+
+
+def _thin(draft: Draft) -> str:
+    """Name the thinnest class where it spans few voxels: there the overlap hangs on single voxels."""
+    names = {entry.name for entry in draft["classes"]}
+    thickness = [(s.thickness_nm.p50, s.name) for s in draft.fingerprint.shapes if s.thickness_nm and s.name in names]
+    if not thickness:
+        return ""
+    nm, name = min(thickness)
+    across = nm / min(draft["voxel_size_nm"])
+    return f"; {name} spans {across:.1f} voxels, so overlap alone would be unsteady" if across < THIN_VOXELS else ""
+
+
+def choose_loss_field(draft: Draft, field: str) -> Choice:
+    """Return one number of the loss: the weights its kind is made of, and its parameters."""
+    kind = draft["loss.kind"]
+    if field.endswith("_weight"):
+        term = field.removesuffix("_weight")
+        return Choice(LOSS_TERMS[kind].get(term, 0.0), f"part of {kind}", "kind of loss")
+    value = {"focal_gamma": 2.0, "tversky_alpha": 0.3, "tversky_beta": 0.7, "smooth": 1.0}[field]
+    note = {
+        "focal_gamma": "used by focal terms",
+        "tversky_alpha": "weighs false positives",
+        "tversky_beta": "weighs false negatives",
+        "smooth": "one voxel: keeps absent classes from exploding",
+    }[field]
+    return Choice(value, note, "paper default")
+
+
+def choose_class_weights(draft: Draft) -> Choice:
+    """Return one weight for every class: alike where sampling evens classes out, else by the root of inverse shares."""
+    names = [entry.name for entry in draft["classes"]]
+    set_by_user = draft.settings.get("class_weights.*", {})
+    centred = draft["sampling.class_centred_fraction"]
+    if centred > 0:
+        weights, source = dict.fromkeys(names, 1.0), WEIGHTS_MEASURED
+        because = f"every class counts alike: {centred:.0%} of the patches are centred on classes, rare ones as often"
+    else:
+        weights, because, source = _by_share(draft, names)
+    if set_by_user:
+        return Choice(weights | set_by_user, f"set by the user for {', '.join(set_by_user)}; else {because}", "user")
+    return Choice(weights, because, source)
+
+
+def _by_share(draft: Draft, names: list[str]) -> tuple[dict[str, float], str, str]:
+    shares = {name: max(share_of(draft, name), 1e-9) for name in names}
+    median = statistics.median(shares.values())
+    raw = {name: min(MOST_WEIGHT, max(LEAST_WEIGHT, (median / share) ** 0.5)) for name, share in shares.items()}
+    mean = statistics.fmean(raw.values())
+    rarest = min(shares, key=shares.__getitem__)
+    because = f"no patch is centred on a class: root of inverse shares (median {median:.2%}, {rarest} "
+    because += f"{shares[rarest]:.2%}), cut to {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, mean 1"
+    source = "CellMap class-weighting experiments (Shan-CU): .566 of three such runs, .536 ± .013 of five without"
+    return {name: weight / mean for name, weight in raw.items()}, because, source
