@@ -39,7 +39,7 @@ def choose_loss(draft: Draft) -> Choice:
     shares = {entry.name: share_of(draft, entry.name) for entry in draft["classes"]}
     rarest, commonest = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
     share = shares[rarest]
-    seen = f"{rarest} fills {share:.2%} of what is known of it"
+    seen = f"{rarest} fills {100 * share:.3g}% of what is known of it"
     seen += f", {commonest} {shares[commonest]:.0%}" if rarest != commonest else ""
     seen += _thin(draft)
     if share >= BALANCED:
@@ -100,6 +100,6 @@ def _by_share(draft: Draft, names: list[str]) -> tuple[dict[str, float], str, st
     mean = statistics.fmean(raw.values())
     rarest = min(shares, key=shares.__getitem__)
     because = f"no patch is centred on a class: root of inverse shares (median {median:.2%}, {rarest} "
-    because += f"{shares[rarest]:.2%}), cut to {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, mean 1"
+    because += f"{100 * shares[rarest]:.3g}%), cut to {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, mean 1"
     source = "CellMap class-weighting experiments (Shan-CU): .566 of three such runs, .536 ± .013 of five without"
     return {name: weight / mean for name, weight in raw.items()}, because, source
