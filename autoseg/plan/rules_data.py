@@ -20,6 +20,7 @@ ANISOTROPY_OF_SECTIONS = 3.0
 VALID_SHARE = 0.9
 # Traced: the narrow RSUNet in bf16, 96³ to 192³, 14 and 48 classes, with the share of workspace.
 SOLID_BYTES, SOLID_BYTES_A_CLASS = 1100, 22
+SOLID_ROOM = 0.7
 SLICES_2_5D = 5
 SLICES_OF_SECTIONS = 3
 MIN_POSITIVE_VOXELS = 50
@@ -197,10 +198,17 @@ def choose_dimensions(draft: Draft) -> Choice:
     if draft["device"] == "cpu" or "patch_size_zyx" in draft.settings:
         because = "flat patches: neighbouring sections as channels cost at most 13 % of a step"
         return Choice("2.5d", because, "step time of a prototype, two CPU cores")
+    room, name = usable_bytes(draft)
+    if (edge := _largest_solid(draft, room)) is None:
+        because = f"two solid patches of {SOLID_EDGES[-1]}³ do not fit the {room / 2**30:.1f} GiB of {name}"
+        return Choice("2.5d", because, "traced, narrow RSUNet")
     if anisotropy >= ANISOTROPY_OF_SECTIONS:
         because = f"sections are {anisotropy:.1f} times coarser than in plane (at least {ANISOTROPY_OF_SECTIONS:g})"
         return Choice("3d" if depth >= 2 * SLICES_2_5D else "2.5d", because, "Lee et al. 2017; nnU-Net's threshold")
-    return Choice("3d", f"near-isotropic voxels ({anisotropy:.1f}) and a GPU", "nnU-Net: 3D where it fits")
+    because = (
+        f"near-isotropic voxels ({anisotropy:.1f}), and patches up to {edge}³ fit {room / 2**30:.1f} GiB of {name}"
+    )
+    return Choice("3d", because, "nnU-Net: 3D where it fits")
 
 
 def _dimensions_asked(draft: Draft) -> Choice | None:
@@ -261,9 +269,14 @@ def _solid_edge(draft: Draft) -> tuple[int, str]:
     if draft["device"] == "cpu":
         return 64, "limit 64 on a CPU"
     room, name = usable_bytes(draft)
-    most = 0.7 * room / 2 / (SOLID_BYTES + SOLID_BYTES_A_CLASS * len(draft["classes"]))
-    edge = max((e for e in SOLID_EDGES if e**3 <= most), default=SOLID_EDGES[-1])
+    edge = _largest_solid(draft, room) or SOLID_EDGES[-1]
     return edge, f"edges up to {edge}, so that two patches leave room in the {room / 2**30:.1f} GiB of {name}"
+
+
+def _largest_solid(draft: Draft, room: int) -> int | None:
+    """Return the longest usual edge of which two cubes fit so many bytes, None if none does."""
+    most = SOLID_ROOM * room / 2 / (SOLID_BYTES + SOLID_BYTES_A_CLASS * len(draft["classes"]))
+    return max((edge for edge in SOLID_EDGES if edge**3 <= most), default=None)
 
 
 def choose_input_slices(draft: Draft) -> Choice:
