@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX
 from autoseg.model.memory import StepCost
-from autoseg.plan import fingerprint, make_plan, parse_settings, rules_data
+from autoseg.plan import fingerprint, make_plan, parse_settings
 from autoseg.plan.draft import DERIVED, leaf_fields
 from autoseg.schema import (
     ClassCount,
@@ -312,7 +312,7 @@ def test_dimensions_follow_depth_anisotropy_and_device(
     assert (depth > 1) == (expected == "3d")
     assert (plan.network.kind == "rsunet") == (expected == "3d")
     if expected != "flat":
-        assert (plan.input_slices in (3, rules_data.SLICES_2_5D)) == (expected == "2.5d")
+        assert (plan.input_slices in (3, rules_patch.SLICES_2_5D)) == (expected == "2.5d")
 
 
 @cheap

@@ -13,6 +13,7 @@ from autoseg.plan import rules_data as data
 from autoseg.plan import rules_loss as loss
 from autoseg.plan import rules_machine as fit
 from autoseg.plan import rules_network as network
+from autoseg.plan import rules_patch as patch
 from autoseg.plan import rules_sampling as sampling
 from autoseg.plan import rules_split
 from autoseg.plan import rules_training as training
@@ -63,9 +64,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("split", rules_split.choose_split),
     ("em_voxel_size_nm", data.choose_em_voxel_size),
     ("voxel_size_nm", data.choose_voxel_size),
-    ("dimensions", data.choose_dimensions),
-    ("patch_size_zyx", data.choose_patch_size),
-    ("input_slices", data.choose_input_slices),
+    ("dimensions", patch.choose_dimensions),
+    ("patch_size_zyx", patch.choose_patch_size),
+    ("input_slices", patch.choose_input_slices),
     ("network.kind", network.choose_kind),
     ("network.strides_zyx", network.choose_strides),
     ("network.kernels_zyx", network.choose_kernels),

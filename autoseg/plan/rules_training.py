@@ -7,7 +7,7 @@ from typing import Any
 
 from autoseg.geometry import alike
 from autoseg.plan.draft import Choice, Draft
-from autoseg.plan.rules_data import ANISOTROPY_OF_SECTIONS
+from autoseg.plan.rules_patch import ANISOTROPY_OF_SECTIONS
 
 _NONE: dict[str, Any] = {
     "flip": False,
