@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from autoseg.errors import PlanError
 from autoseg.geometry import NmZYX, VoxelsZYX
 from autoseg.model.memory import StepCost
-from autoseg.plan import fingerprint, make_plan, parse_settings
+from autoseg.plan import fingerprint, make_plan, parse_settings, rules_patch
 from autoseg.plan.draft import DERIVED, leaf_fields
 from autoseg.schema import (
     ClassCount,
