@@ -22,6 +22,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      turns.py (whose turn) · sources.py (a crop) · patches.py (batch of step s) · loader.py
     │                      augment.py · warp.py · defects.py · step.py · schedule.py
     │                      validation.py · thresholds.py · budget.py · loop.py · journal.py · signals.py
+    │                      launch.py, team.py (several processes)
     ├── predict/           USING IT
     │                      volumes.py (what) · blocks.py (how) · ledger.py (what is done) · decode.py
     │                      export.py (TIFF, HDF5)

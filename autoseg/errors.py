@@ -34,6 +34,10 @@ class CheckpointError(AutosegError):
     """A run folder or a checkpoint that does not fit, or is damaged."""
 
 
+class LostProcess(AutosegError):  # noqa: N818 - what happened
+    """One of several processes of a training that is gone."""
+
+
 def counted(number: int, noun: str, verb: str = "") -> str:
     """Return the number with its noun, and a verb, in the plural where it is not 1: 1 class has, 1,234 classes have."""
     if number == 1:

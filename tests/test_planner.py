@@ -198,8 +198,10 @@ def test_any_plan_fits_its_machine_and_its_own_network(found: Fingerprint, hardw
     assert 0 < plan.predicted_memory_bytes <= room
     assert plan.predicted_ram_bytes <= hardware.ram_bytes
     assert (plan.device == "cuda") == bool(hardware.gpus)
-    assert 1 <= plan.num_threads <= hardware.cpu_threads
-    assert plan.num_workers <= max(0, hardware.cpu_threads - 2)
+    assert 1 <= plan.num_processes <= max(1, len(hardware.gpus))
+    assert 1 <= plan.num_threads * plan.num_processes <= hardware.cpu_threads
+    assert plan.num_processes * plan.num_workers <= max(0, hardware.cpu_threads - 2)
+    assert all(plan.predicted_memory_bytes <= g.memory_bytes * 0.85 for g in hardware.gpus[: plan.num_processes])
     for axis in range(3):
         step = math.prod(stride[axis] for stride in plan.network.strides_zyx)
         assert plan.patch_size_zyx[axis] % step == 0
@@ -414,6 +416,74 @@ def test_a_step_is_priced_only_on_the_device_that_was_measured() -> None:
 
 
 @cheap
+@pytest.mark.parametrize(
+    ("cards", "number", "because"),
+    [
+        ([gpu(gib=24)] * 2, 2, "2 GPUs of 24.0 to 24.0 GiB with bf16 and fp16, one process each"),
+        ([gpu(gib=24), gpu(gib=22)], 2, "2 GPUs of 22.0 to 24.0 GiB with bf16 and fp16, one process each"),
+        ([gpu(gib=24), gpu("T4", 16)], 1, "1 GPU from T4 on are not used: that one has 16.0 GiB"),
+        ([gpu(gib=11), gpu("V100", 11, bf16=False), gpu(gib=11)], 1, "2 GPUs from V100 on are not used"),
+        ([gpu(gib=24)] * 3 + [gpu("T4", 16)], 3, "3 GPUs of 24.0 to 24.0 GiB"),
+        ([gpu(gib=24)], 1, "one GPU of 24.0 GiB with bf16 and fp16"),
+        ([], 1, "one process uses all of 16 threads"),
+    ],
+)
+def test_gpus_that_are_alike_train_together(cards: list[Gpu], number: int, because: str) -> None:
+    plan = make_plan("a", facts(), machine(*cards, threads=16, ram_gib=64, shm_gib=32), {})
+    assert plan.num_processes == number
+    assert because in reason(plan, "num_processes")
+    assert "stay free" not in reason(plan, "device")
+    assert plan.patches_per_step == plan.batch_size * plan.accumulate_batches * number
+
+
+@cheap
+def test_processes_share_threads_ram_and_shared_memory() -> None:
+    def plan(number: int, **rest: Any) -> Plan:
+        return make_plan("a", facts(), machine(*[gpu()] * 4, **rest), {"num_processes": number, "batch_size": 1})
+
+    four, one = (plan(n, threads=32, ram_gib=120, shm_gib=60) for n in (4, 1))
+    assert (four.num_threads, four.num_workers, one.num_workers) == (8, 6, 8)
+    assert (four.accumulate_batches, one.accumulate_batches) == (1, 2)
+    assert "4 patches a step (at least 2), 1 at once in each of 4 processes" in reason(four, "accumulate_batches")
+    assert four.predicted_ram_bytes == pytest.approx(4 * (0.7 + 6 * 0.6) * GIB, rel=1e-6)
+    assert "4 times: process 0.7 GiB + 6 workers" in reason(four, "predicted_ram_bytes")
+    assert "for 4 processes together" in reason(four, "num_workers")
+    little = plan(4, threads=32, ram_gib=16, shm_gib=60)
+    assert little.num_workers < 3
+    assert little.predicted_ram_bytes < 16 * GIB
+    assert four.sampling.crops_per_step == 4
+
+
+@cheap
+def test_any_number_of_processes_may_share_a_cpu_and_on_gpus_one_for_each() -> None:
+    two = make_plan("a", facts(), machine(threads=4), {"num_processes": 2, "patch_size_zyx": (1, 128, 128)})
+    one = make_plan("a", facts(), machine(threads=4), {"patch_size_zyx": (1, 128, 128)})
+    assert (two.num_threads, two.network.norm, two.batch_size) == (2, "group", one.batch_size // 2)
+    assert two.patches_per_step == one.patches_per_step
+    assert "of one of 2 processes" in reason(two, "predicted_step_s")
+    cards = machine(gpu(), gpu())
+    with pytest.raises(
+        PlanError, match=r"num_processes: 3, and bench has 2 GPUs: one process needs one: use at most 2"
+    ):
+        make_plan("a", facts(), cards, {"num_processes": 3})
+    assert make_plan("a", facts(), cards, {"num_processes": 3, "device": "cpu"}).num_processes == 3
+    with pytest.raises(PlanError, match="num_processes: 0 is not positive"):
+        make_plan("a", facts(), machine(), {"num_processes": 0})
+
+
+@cheap
+def test_the_fullest_gpu_and_the_lesser_format_count_for_all() -> None:
+    shared = msgspec.structs.replace(gpu(), free_bytes=6 * GIB)
+    fixed = {"patch_size_zyx": (1, 64, 64)}
+    both = make_plan("a", facts(), machine(gpu(), shared, threads=8, ram_gib=64), fixed)
+    assert both.num_processes == 2
+    assert "beside the 17.4 GiB of other processes" in reason(both, "batch_size")
+    mixed = machine(gpu(), gpu("V100", 24, bf16=False), threads=8, ram_gib=64)
+    assert make_plan("a", facts(), mixed, fixed).precision == "bf16"
+    assert make_plan("a", facts(), mixed, fixed | {"num_processes": 2}).precision == "fp16"
+
+
+@cheap
 def test_what_other_processes_hold_of_a_gpu_is_not_planned_with() -> None:
     def step(free_gib: float) -> tuple[int, str]:
         card = msgspec.structs.replace(gpu(gib=24), free_bytes=int(free_gib * GIB))
@@ -474,6 +544,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "voxel_size_nm": ("50,9.2,9.2", (50.0, 9.2, 9.2)),
     "patch_size_zyx": ("1,64,32", (1, 64, 32)),
     "input_slices": ("3", 3),
+    "num_processes": ("2", 2),
     "batch_size": ("3", 3),
     "accumulate_batches": ("5", 5),
     "num_workers": ("2", 2),

@@ -348,6 +348,8 @@ CONTRADICTIONS: list[tuple[str, Callable[[], dict[str, Any]]]] = [
     ("heads", field(heads=(schema.Head(name="semantic", classes=("mito",)),))),
     ("heads", field(heads=(schema.Head(name="semantic", classes=("mito", "er")),))),
     ("split.train", part("split", train=())),
+    ("num_processes", field(num_processes=0)),
+    ("network.norm", field(num_processes=2)),
     ("batch_size", field(batch_size=0)),
     ("accumulate_batches", field(accumulate_batches=0)),
     ("num_threads", field(num_threads=0)),
@@ -391,6 +393,13 @@ def test_each_contradiction_is_named(name: str, make: Callable[[], dict[str, Any
     assert found == name
     assert all(rest), "says what is wrong and what to do"
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_plan_without_a_number_of_processes_is_for_one(tmp_path: Path) -> None:
+    raw = json.loads(schema.encode(valid_plan()))
+    assert raw.pop("num_processes") == 1
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    assert schema.load(tmp_path / "plan.json") == valid_plan()
 
 
 def test_an_open_number_of_steps_needs_a_budget() -> None:

@@ -57,6 +57,56 @@ def test_number_formats_follow_the_device() -> None:
     assert "precision" not in shrink(PLAN, native, "cpu")[0]
 
 
+def of_four(**changes: Any) -> Plan:
+    return msgspec.structs.replace(PLAN, num_processes=4, batch_size=2, accumulate_batches=1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "device", "expected"),
+    [
+        (4, "auto", {}),
+        (6, "auto", {}),
+        (3, "auto", {"num_processes": 2, "accumulate_batches": 2}),
+        (2, "auto", {"num_processes": 2, "accumulate_batches": 2}),
+        (1, "auto", {"num_processes": 1, "accumulate_batches": 4}),
+        (4, "cuda:1", {"num_processes": 1, "accumulate_batches": 4}),
+    ],
+)
+def test_fewer_processes_do_more_micro_batches(num_gpus: int, device: str, expected: dict[str, Any]) -> None:
+    here = machine(*[gpu("A100", 40)] * num_gpus, threads=64, ram_gib=512, shm_gib=256)
+    plan = of_four()
+    changes, because = shrink(plan, here, device)
+    assert changes == expected
+    assert msgspec.structs.replace(plan, **changes).patches_per_step == 8
+    if expected:
+        why = f"bench has {num_gpus} GPU" if device == "auto" else "--device cuda:1 is one"
+        assert because[0].startswith(f"num_processes 4 -> {expected['num_processes']}: {why}")
+        assert because[1].endswith("so that a step still has 8 patches")
+
+
+def test_on_a_cpu_one_process_does_it_all() -> None:
+    changes, _ = shrink(of_four(), named("laptop"), "auto")
+    assert (changes["num_processes"], changes["num_threads"]) == (1, 8)
+    assert msgspec.structs.replace(of_four(), **changes).patches_per_step == 8
+    chosen = make_plan("own", facts(), machine(threads=2), {"num_processes": 2})
+    assert shrink(chosen, machine(threads=2), "auto") == ({}, []), "for a CPU the user chose them"
+
+
+def test_as_many_as_torchrun_started_share_a_step() -> None:
+    here = machine(*[gpu("A100", 40)] * 4, threads=64, ram_gib=512, shm_gib=256)
+    changes, because = shrink(of_four(), here, "auto", 8)
+    assert changes == {"num_processes": 8, "batch_size": 1}
+    assert because[0] == "num_processes 4 -> 8: torchrun started 8"
+    with pytest.raises(PlanError, match=r"torchrun: 3 processes cannot share the 8 patches .*start one of 1, 2, 4, 8"):
+        shrink(of_four(), here, "auto", 3)
+
+
+def test_workers_shrink_to_what_all_processes_leave_room_for() -> None:
+    small = machine(*[gpu("A100", 40)] * 4, threads=12, ram_gib=512, shm_gib=256)
+    changes, _ = shrink(of_four(num_threads=8, num_workers=8), small, "auto")
+    assert changes == {"num_threads": 3, "num_workers": 1}
+
+
 def test_what_the_user_chose_for_a_machine_stays_there() -> None:
     slow = machine(threads=2)
     emulated = make_plan("own", facts(), slow, {"precision": "bf16"})

@@ -37,10 +37,14 @@ from autoseg.recipes.validate import evaluate_run
 from autoseg.report import terminal
 from autoseg.report.page import write_report
 from autoseg.schema import Plan, Scores, TunedDecode, load_as, read_json_lines, save
+from autoseg.train.launch import torchrun_rank
+from autoseg.train.loop import follow_torchrun
 
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, resume, or try everything once."""
+    if torchrun_rank() > 0:  # the first process speaks and writes for all
+        return EXIT_STOPPED if follow_torchrun().stopped_by else EXIT_OK
     console, results = consoles(options)
     plan = find_plan(options, console)
     console.print(f"preparing to train {plan.name} on {options.data}")

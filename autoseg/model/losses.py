@@ -20,27 +20,36 @@ from autoseg.schema import Loss, Plan
 __all__ = ["CodeTable", "CodeTargets", "MaskTargets", "build_loss", "masked_loss", "supervised_loss"]
 
 
-def build_loss(plan: Plan) -> Callable[[list[Tensor], Targets], Tensor]:
-    """Return the function (logits finest first, targets) -> scalar."""
+Pool = Callable[[Sums], Sums]
+
+
+def _own(sums: Sums) -> Sums:
+    return sums
+
+
+def build_loss(plan: Plan, pool: Pool = _own) -> Callable[[list[Tensor], Targets], Tensor]:
+    """Return the function (logits finest first, targets) -> scalar; `pool` adds the sums of other processes."""
     weights = torch.tensor([plan.class_weights[name] for name in plan.class_names])
-    return lambda logits, targets: supervised_loss(logits, targets, plan.loss, weights.to(logits[0].device))
+    return lambda logits, targets: supervised_loss(logits, targets, plan.loss, weights.to(logits[0].device), pool)
 
 
-def supervised_loss(logits: list[Tensor], targets: Targets, loss: Loss, class_weights: Tensor) -> Tensor:
+def supervised_loss(
+    logits: list[Tensor], targets: Targets, loss: Loss, class_weights: Tensor, pool: Pool = _own
+) -> Tensor:
     """Return the mean of the losses of all logits, finest first; each coarser one weighs half as much."""
-    total = masked_loss(logits[0], targets, loss, class_weights)
+    total = masked_loss(logits[0], targets, loss, class_weights, pool)
     shares = targets.dense() if len(logits) > 1 else None
     for level, out in enumerate(logits[1:], start=1):
         assert shares is not None
         shares = _shrink(shares, out)
-        total = total + 0.5**level * masked_loss(out, _decide(shares), loss, class_weights)
+        total = total + 0.5**level * masked_loss(out, _decide(shares), loss, class_weights, pool)
     return total / sum(0.5**level for level in range(len(logits)))
 
 
-def masked_loss(logits: Tensor, targets: Targets, loss: Loss, class_weights: Tensor) -> Tensor:
+def masked_loss(logits: Tensor, targets: Targets, loss: Loss, class_weights: Tensor, pool: Pool = _own) -> Tensor:
     """Return the weighted mean over classes of the loss's terms; logits are (B, classes, Z, Y, X)."""
     by_sample = voxel_sums(logits, targets, loss.focal_gamma if loss.focal_weight else None)
-    sums = Sums(*(total.sum(dim=0) for total in by_sample))
+    sums = pool(Sums(*(total.sum(dim=0) for total in by_sample)))
     per_class = torch.zeros_like(sums.known)
     num_known = sums.known.clamp(min=1)
     if loss.bce_weight:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from autoseg.errors import PlanError
+from autoseg.errors import PlanError, counted
 from autoseg.plan import rules_data as data
 from autoseg.plan import rules_loss as loss
 from autoseg.plan import rules_machine as fit
@@ -47,6 +47,7 @@ _POSITIVE = (
     "voxel_size_nm",
     "patch_size_zyx",
     "input_slices",
+    "num_processes",
     "batch_size",
     "network.features",
     "network.kernels_zyx",
@@ -58,6 +59,7 @@ _POSITIVE = (
 RULES: tuple[tuple[str, Rule], ...] = (
     ("seed", data.choose_seed),
     ("device", network.choose_device),
+    ("num_processes", fit.choose_num_processes),
     ("precision", network.choose_precision),
     ("resolution", data.choose_resolution),
     ("classes", data.choose_classes),
@@ -167,6 +169,10 @@ def _check_settings(settings: Mapping[str, Any], hardware: Hardware) -> None:
         raise PlanError(
             "device", f"cuda, and {hardware.name} has no GPU", "use cpu, or --hardware of a machine with one"
         )
+    wanted, there = settings.get("num_processes", 1), len(hardware.gpus)
+    if settings.get("device", "cuda" if there else "cpu") == "cuda" and wanted > there:
+        what = f"{wanted}, and {hardware.name} has {counted(there, 'GPU')}: one process needs one"
+        raise PlanError("num_processes", what, f"use at most {there}, or --set device=cpu")
     for field in _POSITIVE:
         if not all(number > 0 for number in numbers(settings.get(field, ()))):
             raise PlanError(field, f"{settings[field]} is not positive", "use at least 1")

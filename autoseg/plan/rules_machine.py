@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +13,7 @@ import msgspec
 from autoseg.errors import PlanError, counted
 from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
 from autoseg.plan.draft import Choice, Draft
-from autoseg.schema import Hardware, Loss, Network, Plan
+from autoseg.schema import Gpu, Hardware, Loss, Network, Plan
 
 GIB = 2**30
 VRAM_SHARE = 0.85
@@ -27,6 +28,34 @@ MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
 # Of a step; measured on VNC, two CPU cores: 6 to 8 % (one thread, bf16), without workers.
 DATA_SHARE = 0.07
 DEFAULT_BUDGET_S = {"cpu": 1800.0, "cuda": 6 * 3600.0}
+ALIKE = 0.1  # by how much the memory of GPUs may differ that train together
+
+
+def choose_num_processes(draft: Draft) -> Choice:
+    """Return the training processes: one for each of the first GPUs that are alike, one on a CPU."""
+    hardware = draft.hardware
+    if draft["device"] == "cpu":
+        return Choice(1, f"one process uses all of {counted(hardware.cpu_threads, 'thread')}", "hardware")
+    gpus, one = hardware.gpus, hardware.gpus[0]
+    alike = list(itertools.takewhile(lambda gpu: _alike(gpu, one), gpus))
+    number = max(1, min(len(alike), hardware.cpu_threads, int(hardware.ram_bytes * RAM_SHARE // BASE_PROCESS_BYTES)))
+    formats = " and ".join(name for name in ("bf16", "fp16") if getattr(one, name)) or "fp32 alone"
+    least, most = (size(gpu.memory_bytes for gpu in alike) / GIB for size in (min, max))
+    because = f"{counted(len(alike), 'GPU')} of {least:.1f} to {most:.1f} GiB with {formats}, one process each"
+    if len(alike) == 1:
+        because = f"one GPU of {most:.1f} GiB with {formats}"
+    if len(alike) < len(gpus):
+        because += f"; {counted(len(gpus) - len(alike), 'GPU')} from {gpus[len(alike)].name} on are not used: "
+        because += f"that one has {gpus[len(alike)].memory_bytes / GIB:.1f} GiB or other formats"
+    if number < len(alike):
+        because += f"; {counted(hardware.cpu_threads, 'thread')} and {hardware.ram_bytes / GIB:.1f} GiB of RAM feed "
+        because += f"{number}"
+    return Choice(number, because, "hardware")
+
+
+def _alike(gpu: Gpu, one: Gpu) -> bool:
+    formats = (gpu.bf16, gpu.fp16) == (one.bf16, one.fp16)
+    return formats and abs(gpu.memory_bytes - one.memory_bytes) <= ALIKE * one.memory_bytes
 
 
 def choose_batch_size(draft: Draft) -> Choice:
@@ -77,24 +106,29 @@ def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
     if draft["device"] != "cpu":
         return MAX_BATCH[flat], f"more than {MAX_BATCH[flat]} would not help"
     wanted = max(1, round(8 * 128 * 128 / math.prod(draft["patch_size_zyx"]))) if flat else 2
-    patch_s = _step_seconds(draft, 1)
-    if flat and patch_s and draft["budget_s"] and wanted > 4 and draft["budget_s"] / (patch_s * wanted) < MIN_STEPS:
-        steps = draft["budget_s"] / (patch_s * wanted)
+    processes = draft["num_processes"]  # that share the CPU, and the patches of a step
+    step_s = (_step_seconds(draft, 1) or 0.0) * wanted / processes
+    if flat and step_s and draft["budget_s"] and wanted > 4 and draft["budget_s"] / step_s < MIN_STEPS:
+        steps = draft["budget_s"] / step_s
         few = f"{wanted} would leave {counted(round(steps), 'step')} in {draft['budget_s']:g} s"
-        return 4, f"{few} (demo, 80 s, one run each, noise unknown: .62 with 8, .65 with 4)"
-    return wanted, f"more than {wanted} would not help"
+        return max(1, 4 // processes), f"{few} (demo, 80 s, one run each, noise unknown: .62 with 8, .65 with 4)"
+    return max(1, wanted // processes), f"more than {wanted} would not help"
 
 
 def usable_bytes(draft: Draft) -> tuple[int, str]:
     """Return the bytes that a training step may take, and of what."""
-    return room_on(draft.hardware, draft["device"])
+    return room_on(draft.hardware, draft["device"], draft["num_processes"])
 
 
-def room_on(hardware: Hardware, device: str) -> tuple[int, str]:
-    """Return the bytes that a training step may take on that device of a machine, and of what."""
+def room_on(hardware: Hardware, device: str, num_processes: int = 1) -> tuple[int, str]:
+    """Return the bytes that a training step of one process may take on that device of a machine, and of what."""
     if device == "cpu":
-        return int(hardware.ram_bytes * RAM_SHARE), "RAM"
-    gpu = hardware.gpus[0]
+        shared = f", shared by {num_processes} processes" if num_processes > 1 else ""
+        return int(hardware.ram_bytes * RAM_SHARE / num_processes), f"RAM{shared}"
+    return min(_room_on_gpu(gpu) for gpu in hardware.gpus[:num_processes])
+
+
+def _room_on_gpu(gpu: Gpu) -> tuple[int, str]:
     # asking a GPU what is free takes a context, which the memory of a step counts already
     held = max(0, gpu.memory_bytes - gpu.free_bytes - CUDA_CONTEXT_BYTES)
     others = f" beside the {held / GIB:.1f} GiB of other processes" if held else ""
@@ -104,42 +138,49 @@ def room_on(hardware: Hardware, device: str) -> tuple[int, str]:
 def choose_accumulate(draft: Draft) -> Choice:
     """Return how many micro-batches make one optimizer step."""
     wanted = 2 if draft["patch_size_zyx"][0] > 1 else 4
-    number = max(1, math.ceil(wanted / draft["batch_size"]))
-    because = (
-        f"{counted(number * draft['batch_size'], 'patch')} a step (at least {wanted}), {draft['batch_size']} at once"
-    )
+    batch, processes = draft["batch_size"], draft["num_processes"]
+    number = max(1, math.ceil(wanted / (batch * processes)))
+    because = f"{counted(number * batch * processes, 'patch')} a step (at least {wanted}), {batch} at once"
+    because += f" in each of {processes} processes" if processes > 1 else ""
     return Choice(number, because, "effective batch")
 
 
 def choose_num_threads(draft: Draft) -> Choice:
-    """Return the threads of the training process."""
-    threads = max(1, draft.hardware.cpu_threads)
+    """Return the threads of one training process."""
+    there, processes = draft.hardware.cpu_threads, draft["num_processes"]
+    threads = max(1, there // processes)
+    shared = f", shared by {processes}" if processes > 1 else ""
     if draft["device"] == "cpu":
-        return Choice(threads, f"all of the {counted(threads, 'thread')} this process may use", "hardware")
-    because = f"the GPU computes; a few of {counted(threads, 'thread')} feed it"
+        return Choice(threads, f"all of the {counted(there, 'thread')} this process may use{shared}", "hardware")
+    because = f"the GPU computes; a few of {counted(there, 'thread')} feed it{shared}"
     return Choice(min(threads, 8), because, "hardware")
 
 
 def choose_num_workers(draft: Draft) -> Choice:
-    """Return the loader processes."""
+    """Return the loader processes of one training process."""
     if draft["device"] == "cpu":
         return Choice(
             0, "a batch costs 8 to 21 % of a step: a worker would take its thread from the network", "measured, CPU"
         )
     voxels = math.prod(draft["patch_size_zyx"]) * draft["batch_size"] * draft["accumulate_batches"]
     batch_bytes = 4 * voxels * (draft["input_slices"] + 1)
-    workers, because = workers_on(draft.hardware, batch_bytes)
+    workers, because = workers_on(draft.hardware, batch_bytes, draft["num_processes"])
     return Choice(workers, because, "hardware")
 
 
-def workers_on(hardware: Hardware, batch_bytes: int) -> tuple[int, str]:
-    """Return how many loader processes a machine has room for beside a GPU, and why."""
-    by_ram = int(hardware.ram_bytes * RAM_SHARE / 2 // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes))
+def workers_on(hardware: Hardware, batch_bytes: int, num_processes: int = 1) -> tuple[int, str]:
+    """Return how many loader processes a machine has room for beside a GPU, for each training process, and why.
+
+    Threads, RAM and /dev/shm are shared by all of them: four of five processes each once filled 120 GB.
+    """
+    ram = hardware.ram_bytes * RAM_SHARE / 2 - (num_processes - 1) * BASE_PROCESS_BYTES
+    by_ram = max(0, int(ram // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes)))
     by_shm = int(hardware.shm_bytes // (BATCHES_IN_FLIGHT * batch_bytes))
-    by_threads = hardware.cpu_threads - 2
-    workers = max(0, min(MAX_WORKERS, by_threads, by_ram, by_shm))
+    by_threads = (hardware.cpu_threads - 1) // num_processes - 1
+    workers = max(0, min(MAX_WORKERS, by_threads, by_ram // num_processes, by_shm // num_processes))
     because = f"{counted(hardware.cpu_threads, 'thread')}; RAM allows {by_ram}, /dev/shm {by_shm}"
-    if by_shm < min(MAX_WORKERS, by_threads, by_ram):
+    because += f", for {num_processes} processes together" if num_processes > 1 else ""
+    if by_shm // num_processes < min(MAX_WORKERS, by_threads, by_ram // num_processes):
         small = f"{BATCHES_IN_FLIGHT} batches of {batch_bytes / 2**20:.0f} MiB for each must fit into its "
         because += f"; {small}{hardware.shm_bytes / 2**20:.0f} MiB: enlarge it (docker run --shm-size) to have more"
     return workers, because
@@ -163,15 +204,17 @@ def choose_memory(draft: Draft) -> Choice:
 
 def choose_ram(draft: Draft) -> Choice:
     """Return the predicted host memory, in bytes."""
+    processes = draft["num_processes"]
     on_host = draft["predicted_memory_bytes"] if draft["device"] == "cpu" else 0
     workers = draft["num_workers"] * WORKER_BYTES
     because = f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {counted(draft['num_workers'], 'worker')}"
+    because = f"{processes} times: {because}" if processes > 1 else because
     if draft["device"] == "cpu":
         step = f"{on_host / 2**20:.1f} MiB of the step"
         because, source = f"{because} + {step}", "measured: 0.8 GiB at peak, VNC plan"
     else:
         because, source = f"{because} of {WORKER_BYTES / GIB:.1f} GiB", "estimated"
-    return Choice(BASE_PROCESS_BYTES + workers + on_host, because, source)
+    return Choice(processes * (BASE_PROCESS_BYTES + workers + on_host), because, source)
 
 
 def choose_disk(draft: Draft) -> Choice:
@@ -204,11 +247,13 @@ def choose_step_s(draft: Draft) -> Choice:
     patches = draft["batch_size"] * draft["accumulate_batches"]
     because = f"{patches * step_cost(draft).patch_flops / 1e9:.1f} Gflop at {speed:.0f} Gflop/s"
     because += f", and {DATA_SHARE:.0%} for its batch" if draft["num_workers"] == 0 else "; workers make its batch"
+    if draft["num_processes"] > 1:
+        because += f"; of one of {draft['num_processes']} processes, without what they exchange"
     return Choice(_step_seconds(draft, patches), because, "steps of this network, measured here on random voxels")
 
 
 def _step_seconds(draft: Draft, patches: int) -> float | None:
-    """Return the predicted seconds of a step of so many patches, None where the speed is unknown."""
+    """Return the predicted seconds of a step of so many patches in each process, None where the speed is unknown."""
     speed = _step_gflops(draft)
     if speed is None:
         return None
@@ -217,7 +262,7 @@ def _step_seconds(draft: Draft, patches: int) -> float | None:
 
 
 def _step_gflops(draft: Draft) -> float | None:
-    """Return the speed of training steps on the plan's device, None where another device was measured."""
+    """Return the speed of steps of one process on the plan's device, None where another device was measured."""
     measured = "cuda" if draft.hardware.gpus else "cpu"
     return (draft.hardware.step_gflops or {}).get(draft["precision"]) if draft["device"] == measured else None
 

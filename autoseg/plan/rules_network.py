@@ -16,8 +16,7 @@ def choose_device(draft: Draft) -> Choice:
     gpus = draft.hardware.gpus
     if not gpus:
         return Choice("cpu", f"no GPU, {counted(draft.hardware.cpu_threads, 'CPU thread')}", "hardware")
-    more = "; this version trains on one GPU: the others stay free" if len(gpus) > 1 else ""
-    return Choice("cuda", f"{gpus[0].name} with {gpus[0].memory_bytes / GIB:.0f} GiB{more}", "hardware")
+    return Choice("cuda", f"{gpus[0].name} with {gpus[0].memory_bytes / GIB:.0f} GiB", "hardware")
 
 
 def choose_precision(draft: Draft) -> Choice:
@@ -26,7 +25,8 @@ def choose_precision(draft: Draft) -> Choice:
         if draft.hardware.cpu_bf16:
             return Choice("bf16", f"{draft.hardware.cpu_name} multiplies bf16 natively", "hardware")
         return Choice("fp32", f"{draft.hardware.cpu_name} would only emulate bf16", "hardware")
-    gpu = draft.hardware.gpus[0]
+    used = draft.hardware.gpus[: draft["num_processes"]]
+    gpu = next((gpu for gpu in used if not gpu.bf16), used[0])
     if gpu.bf16:
         return Choice("bf16", f"{gpu.name} has bf16: the range of fp32, no loss scaling", "hardware")
     if gpu.fp16:
@@ -107,6 +107,9 @@ def choose_norm(draft: Draft) -> Choice:
     """Return the normalization layer."""
     if draft["dimensions"] == "3d":
         return Choice("group", "batches of a few 3D patches are too small for batch norm", "Wu and He 2018")
+    if draft["device"] == "cpu" and draft["num_processes"] > 1:
+        because = f"batches of {draft['num_processes']} processes on a CPU would each have statistics of their own"
+        return Choice("group", because, "num_processes")
     if draft["device"] == "cpu":
         because = "group and instance norm cost 83 % and 55 % more time"
         return Choice("batch", because, "step time of a prototype, CPU")

@@ -45,7 +45,7 @@ def choose_class_power(_: Draft) -> Choice:
 
 def choose_crops_per_step(draft: Draft) -> Choice:
     """Return from how many places a step is drawn: from fewer than it has patches where chunks do not stay decoded."""
-    patches = draft["batch_size"] * draft["accumulate_batches"]
+    patches = draft["batch_size"] * draft["accumulate_batches"] * draft["num_processes"]
     em_bytes = _em_bytes(draft)
     if em_bytes <= CHUNK_CACHE_BYTES:
         because = f"a place for each of {counted(patches, 'patch')}: the {em_bytes / 2**20:.1f} MiB of EM stay decoded"

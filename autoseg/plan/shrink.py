@@ -1,7 +1,7 @@
 """A plan on a smaller machine than it was made for: what must shrink so that it runs, and nothing else.
 
-The patches of an optimizer step stay as many: micro-batches get smaller and more. Patch, network and loss stay, too,
-since another patch is another plan.
+The patches of an optimizer step stay as many: micro-batches get smaller and more, in fewer processes. Patch, network
+and loss stay, too, since another patch is another plan.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from autoseg.errors import PlanError
+from autoseg.errors import PlanError, counted
 from autoseg.model.memory import trace_step
 from autoseg.plan.rules_machine import GIB, room_on, workers_on
 from autoseg.schema import Hardware, Plan
 
 
-def shrink(plan: Plan, hardware: Hardware, device: str) -> tuple[dict[str, Any], list[str]]:
+def shrink(plan: Plan, hardware: Hardware, device: str, started: int | None = None) -> tuple[dict[str, Any], list[str]]:
     """Return what changes on that machine, by field, and why; nothing where the plan fits as it is.
 
-    `device` is "auto" or a device of torch. PlanError where not even one patch fits.
+    `device` is "auto" or a device of torch; `started` is how many processes torchrun has started, on all machines.
+    PlanError where not even one patch fits, or where a step cannot be shared by those processes.
     """
     changes: dict[str, Any] = {}
     because: list[str] = []
@@ -37,21 +38,46 @@ def shrink(plan: Plan, hardware: Hardware, device: str) -> tuple[dict[str, Any],
     precision = _precision(plan, hardware, kind)
     if precision != plan.precision:
         change("precision", precision, f"the {kind.upper()} here has no {plan.precision}")
-    _fit_memory(plan, hardware, kind, precision, change)
-    _fit_processes(plan, hardware, kind, change)
+    processes, why = _processes(plan, hardware, kind, device, started)
+    if processes != plan.num_processes:
+        change("num_processes", processes, why)
+    _fit_memory(plan, hardware, kind, precision, processes, change)
+    _fit_host(plan, hardware, kind, processes, change)
     return changes, because
 
 
-def _fit_processes(plan: Plan, hardware: Hardware, kind: str, change: Any) -> None:
-    """Give a CPU all its threads and no workers; else no more of either than the machine has."""
+def _processes(plan: Plan, hardware: Hardware, kind: str, device: str, started: int | None) -> tuple[int, str]:
+    """Return how many processes can share the patches of a step here, no more than planned, and what limits them."""
+    patches = plan.patches_per_step
+    if started:
+        if patches % started:
+            fitting = [str(n) for n in range(1, patches + 1) if patches % n == 0]
+            what = f"{counted(started, 'process')} cannot share the {counted(patches, 'patch')} of a step evenly"
+            raise PlanError("torchrun", what, f"start one of {', '.join(fitting)}")
+        return started, f"torchrun started {started}"
+    if kind == "cpu":
+        return (plan.num_processes, "") if plan.device == "cpu" else (1, "one process uses all threads of a CPU")
+    if ":" in device:
+        return 1, f"--device {device} is one"
+    there = min(plan.num_processes, len(hardware.gpus))
+    number = next(n for n in range(there, 0, -1) if patches % n == 0)
+    even = "" if number == there else f", and {number} share {counted(patches, 'patch')} evenly"
+    return number, f"{hardware.name} has {counted(len(hardware.gpus), 'GPU')}{even}"
+
+
+def _fit_host(plan: Plan, hardware: Hardware, kind: str, processes: int, change: Any) -> None:
+    """Give a CPU all its threads and no workers; else no more of either than the machine has for its processes."""
+    local = min(processes, max(1, len(hardware.gpus))) if kind == "cuda" else processes
+    threads = max(1, hardware.cpu_threads // local)
     if kind == "cpu" != plan.device:
-        change("num_threads", hardware.cpu_threads, "the CPU computes")
+        change("num_threads", threads, "the CPU computes")
         change("num_workers", 0, "a worker would take its thread from the network")
         return
-    if plan.num_threads > hardware.cpu_threads:
-        change("num_threads", hardware.cpu_threads, f"{hardware.name} has {hardware.cpu_threads}")
-    batch_bytes = 4 * math.prod(plan.patch_size_zyx) * plan.batch_size * plan.accumulate_batches
-    workers, why = workers_on(hardware, batch_bytes * (plan.input_slices + 1))
+    if plan.num_threads > threads:
+        shared = f", {local} processes share them" if local > 1 else ""
+        change("num_threads", threads, f"{hardware.name} has {hardware.cpu_threads}{shared}")
+    batch_bytes = 4 * math.prod(plan.patch_size_zyx) * (plan.patches_per_step // processes)
+    workers, why = workers_on(hardware, batch_bytes * (plan.input_slices + 1), local)
     if plan.num_workers > workers and _smaller(hardware, plan.hardware):  # on its own machine they were chosen
         change("num_workers", workers, why)
 
@@ -72,27 +98,30 @@ def _precision(plan: Plan, hardware: Hardware, kind: str) -> str:
     if kind == "cpu":
         chosen = plan.device == "cpu" and not plan.hardware.cpu_bf16
         return plan.precision if chosen else "bf16" if hardware.cpu_bf16 else "fp32"
-    here, there = hardware.gpus[0], plan.hardware.gpus[:1]
+    here, there = hardware.gpus[0], plan.hardware.gpus[: plan.num_processes]
     if plan.precision == "bf16" and not here.bf16 and all(gpu.bf16 for gpu in there):
         return "fp16" if here.fp16 else "fp32"
     return plan.precision
 
 
-def _fit_memory(plan: Plan, hardware: Hardware, kind: str, precision: str, change: Any) -> None:
-    """Split an optimizer step into micro-batches that fit."""
-    room, name = room_on(hardware, kind)
-    if plan.predicted_memory_bytes <= room and (kind, precision) == (plan.device, plan.precision):
-        return
-    cost = trace_step(plan.network, plan.input_slices, len(plan.classes), plan.patch_size_zyx, precision, plan.loss)
-    patches = plan.batch_size * plan.accumulate_batches
-    sizes = [n for n in range(plan.batch_size, 0, -1) if patches % n == 0]
-    batch = next((n for n in sizes if cost.memory_bytes(n, kind) <= room), None)
-    if batch is None:
-        need = cost.memory_bytes(1, kind) / GIB
-        what = f"one patch of {list(plan.patch_size_zyx)} needs {need:.1f} GiB of {room / GIB:.1f} GiB of {name}"
-        raise PlanError(plan.name, what, "plan for this machine: autoseg plan DATA")
-    if batch < plan.batch_size:
-        need = cost.memory_bytes(plan.batch_size, kind) / GIB
-        why = f"{plan.batch_size} patches need {need:.1f} GiB, {room / GIB:.1f} GiB of {name} may be used"
+def _fit_memory(plan: Plan, hardware: Hardware, kind: str, precision: str, processes: int, change: Any) -> None:
+    """Split each process's share of an optimizer step into micro-batches that fit."""
+    share = plan.patches_per_step // processes
+    batch, why = next(n for n in range(plan.batch_size, 0, -1) if share % n == 0), "each process has fewer patches"
+    room, name = room_on(hardware, kind, processes)
+    if plan.predicted_memory_bytes > room or (kind, precision) != (plan.device, plan.precision):
+        cost = trace_step(plan.network, plan.input_slices, len(plan.classes), plan.patch_size_zyx, precision, plan.loss)
+        sizes = [n for n in range(batch, 0, -1) if share % n == 0 and cost.memory_bytes(n, kind) <= room]
+        if not sizes:
+            need = cost.memory_bytes(1, kind) / GIB
+            what = f"one patch of {list(plan.patch_size_zyx)} needs {need:.1f} GiB of {room / GIB:.1f} GiB of {name}"
+            raise PlanError(plan.name, what, "plan for this machine: autoseg plan DATA")
+        if sizes[0] < batch:
+            need = cost.memory_bytes(plan.batch_size, kind) / GIB
+            why = f"{plan.batch_size} patches need {need:.1f} GiB, {room / GIB:.1f} GiB of {name} may be used"
+        batch = sizes[0]
+    if batch != plan.batch_size:
         change("batch_size", batch, why)
-        change("accumulate_batches", patches // batch, f"so that a step still has {patches} patches")
+    if share // batch != plan.accumulate_batches:
+        still = f"so that a step still has {counted(plan.patches_per_step, 'patch')}"
+        change("accumulate_batches", share // batch, still)

@@ -65,7 +65,7 @@ def open_run(run: Path, which: str = "best", device: str = "auto") -> Trained:
     if target.type == "cpu" and plan.precision == "fp16":  # the CPU lacks it, and fp32 holds all its values
         plan = msgspec.structs.replace(plan, precision="fp32")
     if target.type == "cpu":
-        torch.set_num_threads(min(plan.num_threads, os.cpu_count() or 1))
+        torch.set_num_threads(min(plan.num_threads * plan.num_processes, os.cpu_count() or 1))
     layout = torch.channels_last if plan.patch_size_zyx[0] == 1 else torch.contiguous_format
     network = network.to(target, memory_format=layout).eval()  # type: ignore[call-overload]
     made_by = (

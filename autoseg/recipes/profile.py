@@ -54,6 +54,7 @@ def profile_plan(
 ) -> Profile:
     """Measure the plan's loader and training step on DATA; raise PlanError or DataError where `train` would.
 
+    Of a plan for several processes it is one of them, without what the others take of the machine.
     DATA and runs are not written to; label codes go to the cache, as for every command.
     """
     check_plan(plan, plan.name)
@@ -174,7 +175,7 @@ def peak_bytes(action: Callable[[], None], device: torch.device) -> int:
 
 def _trials(plan: Plan, data: Path, cache: Path, device: torch.device, trial_s: float) -> Iterator[WorkerTrial]:
     """Yield a trial for each number of workers until nothing waits any more; the planned number is among them."""
-    for number in worker_counts(usable_threads(), plan.num_workers):
+    for number in worker_counts(usable_threads() // plan.num_processes, plan.num_workers):
         trial = _trial(msgspec.structs.replace(plan, num_workers=number), data, cache, device, trial_s)
         yield trial
         if number >= max(1, plan.num_workers) and trial.batch_wait_fraction < NO_WAIT:

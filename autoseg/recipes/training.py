@@ -18,6 +18,7 @@ from autoseg.plan import fingerprint, probe_hardware, shrink
 from autoseg.schema import Fingerprint, Observer, Outcome, Plan, Split, load_as, save, sha256
 from autoseg.train import train
 from autoseg.train.journal import adapt, adaptation
+from autoseg.train.launch import torchrun_size
 
 Warn = Callable[[str], None]
 
@@ -52,7 +53,7 @@ def _changes(plan: Plan, run: Path, device: str, warn: Warn) -> tuple[dict[str, 
     """Return what differs from the plan on this machine: what the run wrote down, and what must shrink now."""
     before = adaptation(run, "machine")
     changes = dict(before["changes"]) if before else {}
-    more, because = shrink(msgspec.structs.replace(plan, **changes), probe_hardware(), device)
+    more, because = shrink(msgspec.structs.replace(plan, **changes), probe_hardware(), device, torchrun_size())
     if not more:
         return changes, []
     for line in because:

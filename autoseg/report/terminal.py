@@ -91,7 +91,7 @@ def plan_table(plan: Plan) -> Table:
 
 def plan_summary(plan: Plan) -> str:
     """Return in one sentence what will be trained, on what, and how long."""
-    network, patches = plan.network, plan.batch_size * plan.accumulate_batches
+    network, patches = plan.network, plan.patches_per_step
     levels = counted(len(network.features), "level")
     kind = f"{field_value(plan, 'dimensions').upper()} {network.kind} of {levels}"
     size = " x ".join(f"{v:g}" for v in plan.voxel_size_nm)
@@ -213,8 +213,9 @@ class TrainingView(Observer):
             f"{short_value(plan.class_weights)}"
         )
         resumed = f", going on from step {from_step}" if from_step else ""
-        patches = counted(plan.batch_size * plan.accumulate_batches, "patch")
-        self.console.print(f"{counted(num_steps, 'step')} of {patches}{resumed}")
+        patches = counted(plan.patches_per_step, "patch")
+        together = f" in {plan.num_processes} processes" if plan.num_processes > 1 else ""
+        self.console.print(f"{counted(num_steps, 'step')} of {patches}{together}{resumed}")
         self._from, self._total = from_step, num_steps
         self._began = self._said = time.monotonic()
         self._bar.start()

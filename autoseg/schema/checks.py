@@ -88,6 +88,9 @@ def _input(plan: Plan) -> Iterator[tuple[str, str, str]]:
             yield field, f"{list(size)}", "give three positive numbers (z, y, x)"
     if plan.precision == "fp16" and plan.device == "cpu":
         yield "precision", "fp16 on the CPU", "use bf16 or fp32"
+    if plan.num_processes > 1 and plan.device == "cpu" and plan.network.norm == "batch":
+        what = f"batch with {plan.num_processes} processes on the CPU, each with statistics of its own"
+        yield "network.norm", what, "use group or instance, or num_processes 1"
     if not 0 <= plan.sliding_window.overlap < 1:
         yield "sliding_window.overlap", f"{plan.sliding_window.overlap}", "use a share from 0 to below 1"
 
@@ -120,6 +123,7 @@ def _classes(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 def _run(plan: Plan) -> Iterator[tuple[str, str, str]]:
     for field, value in (
+        ("num_processes", plan.num_processes),
         ("batch_size", plan.batch_size),
         ("accumulate_batches", plan.accumulate_batches),
         ("num_threads", plan.num_threads),

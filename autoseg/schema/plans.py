@@ -217,12 +217,17 @@ class Validation(Record, frozen=True, kw_only=True):
 
 
 class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
-    """Every decision of one training run, each with its reason."""
+    """Every decision of one training run, each with its reason.
+
+    One process for each device: `batch_size`, `num_workers`, `num_threads` and `predicted_memory_bytes` are of one of
+    the `num_processes`, `predicted_ram_bytes` is of all.
+    """
 
     name: str
     fingerprint_sha256: str
     hardware: Hardware
     device: Literal["cpu", "cuda"]
+    num_processes: int = 1  # plans of earlier versions
     classes: tuple[ClassEntry, ...]
     disjoint: tuple[tuple[str, ...], ...]
     split: Split
@@ -255,6 +260,11 @@ class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
     predicted_step_s: float | None
     seed: int
     reasons: tuple[Reason, ...]
+
+    @property
+    def patches_per_step(self) -> int:
+        """Number of patches of an optimizer step, over all micro-batches and processes."""
+        return self.batch_size * self.accumulate_batches * self.num_processes
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -17,9 +17,15 @@ LOG, ADAPTATIONS, LOCK = "log.jsonl", "adaptations.jsonl", ".lock"
 
 
 class Journal:
-    """Appends to the run's log; opening it at a step drops later lines, so that every step stands once."""
+    """Appends to the run's log; opening it at a step drops later lines, so that every step stands once.
 
-    def __init__(self, run: Path, from_step: int) -> None:
+    Without a run, in the processes that are not the first, nothing is written.
+    """
+
+    def __init__(self, run: Path | None, from_step: int) -> None:
+        self._file = None
+        if run is None:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         keep = [line for line in read_json_lines(run / LOG) if line.get("step", from_step + 1) <= from_step]
@@ -30,6 +36,8 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; its numbers go to TensorBoard, Dice by class under `dice/`."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(line) + "\n")
         numbers = {name: value for name, value in line.items() if name not in ("step", "dice")}
         numbers |= {f"dice/{name}": value for name, value in line.get("dice", {}).items()}
@@ -40,6 +48,8 @@ class Journal:
 
     def flush(self) -> None:
         """Make what was written survive a kill."""
+        if self._file is None:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
         self._board.flush()
@@ -47,8 +57,9 @@ class Journal:
     def close(self) -> None:
         """Flush and close."""
         self.flush()
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 @contextmanager

@@ -21,10 +21,10 @@ PREFETCH = 2
 
 
 class StepDataset(Dataset[Batch | AutosegError]):
-    """Item s is the batch of step s; the stores are opened in the process that reads them."""
+    """Item s is the batch of step s, for process `rank` of the plan's; whoever reads the stores opens them."""
 
-    def __init__(self, plan: Plan, data: Path, cache: Path) -> None:
-        self.plan, self.data, self.cache = plan, data, cache
+    def __init__(self, plan: Plan, data: Path, cache: Path, rank: int = 0) -> None:
+        self.plan, self.data, self.cache, self.rank = plan, data, cache, rank
         self._sampler: PatchSampler | None = None
         self.untaught: tuple[str, ...] = ()
 
@@ -64,17 +64,28 @@ class StepDataset(Dataset[Batch | AutosegError]):
         """Return the batch of that step; an expected error is returned, since torch cannot carry it to its parent."""
         try:
             if self._sampler is None:
-                self._sampler = PatchSampler(self.plan, open_dataset(self.data), self.cache, CHUNK_CACHE_BYTES)
+                self._sampler = PatchSampler(
+                    self.plan, open_dataset(self.data), self.cache, CHUNK_CACHE_BYTES, self.rank
+                )
             return self._sampler.batch(step)
         except AutosegError as error:
             return error
 
 
 def batches(
-    plan: Plan, data: Path | str, *, start_step: int = 0, stop_step: int = 2**31, cache: Path | None = None
+    plan: Plan,
+    data: Path | str,
+    *,
+    start_step: int = 0,
+    stop_step: int = 2**31,
+    cache: Path | None = None,
+    rank: int = 0,
 ) -> Iterator[Batch]:
-    """Return an iterator of what training steps start_step, start_step + 1, ... receive, as tensors on the CPU."""
-    return StepDataset(plan, Path(data), cache or default_cache()).batches(start_step, stop_step)
+    """Return an iterator of what training steps start_step, start_step + 1, ... receive, as tensors on the CPU.
+
+    Of a plan for several processes it is what number `rank` receives.
+    """
+    return StepDataset(plan, Path(data), cache or default_cache(), rank).batches(start_step, stop_step)
 
 
 def _unless_error(item: Batch | AutosegError) -> Batch:

@@ -7,6 +7,7 @@
                                                                  └─ every 5 minutes, or asked to stop: checkpoint
 
 A checkpoint also stands before each step that is validated: a validation that is cut short costs that step alone.
+Several processes (`num_processes`) go through the same loop side by side; the first of them decides and writes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
+from torch import Tensor
 
 from autoseg.data.codes import default_cache
 from autoseg.data.dataset import Dataset, open_dataset
@@ -38,13 +40,26 @@ from autoseg.schema import (
 )
 from autoseg.train.budget import fit_length
 from autoseg.train.journal import Journal, adapt, only_process
+from autoseg.train.launch import assembled, joined
 from autoseg.train.loader import StepDataset
 from autoseg.train.signals import asked_to_stop
 from autoseg.train.step import Learner
+from autoseg.train.team import Team
 from autoseg.train.validation import Abandoned, Validator
 
 CHECKPOINT_EVERY_S = 300.0
 MAX_SKIPPED_IN_A_ROW = 20
+
+
+class Job(NamedTuple):
+    """What every process of a training must know; `plan` is the plan as it runs here."""
+
+    plan: Plan
+    plan_sha256: str
+    data: Path
+    cache: Path
+    run: Path
+    device: str
 
 
 def train(
@@ -73,30 +88,46 @@ def train(
     _claim(plan, run)
     with only_process(run):
         claimed()
-        torch.set_num_threads(used.num_threads)
-        session = _Session(source, sha256(plan), dataset, run, target)
-        with asked_to_stop() as asked:
+        job = Job(used, sha256(plan), data.absolute(), source.cache.absolute(), run.absolute(), device)
+        with asked_to_stop() as asked, assembled(used.num_processes, target, follow) as team:
+            team.tell(job)
+            session = _Session(job._replace(run=run), source, dataset, team.device(target), team)
             return session.go(observer or Observer(), asked)
 
 
-class _Session:
-    """One process working on one run."""
+def follow(team: Team) -> Outcome:
+    """Train as one of the processes of a team that are not the first, which says what and where."""
+    with asked_to_stop(interruptible=False) as asked:
+        job: Job = team.tell(None)
+        target = team.device(device_of(job.device, job.plan))
+        source = StepDataset(job.plan, job.data, job.cache, team.rank)
+        session = _Session(job, source, open_dataset(job.data), target, team)
+        return session.go(Observer(), asked)
 
-    def __init__(
-        self, source: StepDataset, plan_sha256: str, dataset: Dataset, run: Path, device: torch.device
-    ) -> None:
-        self.plan, self.source, self.run, self.device = source.plan, source, run, device
-        self.plan_sha256 = plan_sha256
-        self.validator = Validator(self.plan, dataset, source.cache, CHUNK_CACHE_BYTES)
-        self.length = fit_length(source, run, self.validator, device)
-        self.learner = Learner(self.plan, self.length.num_steps, device)
+
+def follow_torchrun() -> Outcome:
+    """Train as one of the processes that torchrun started and that are not the first."""
+    with joined() as team:
+        return follow(team)
+
+
+class _Session:
+    """One process working on one run; the first of its team writes, the others only keep step."""
+
+    def __init__(self, job: Job, source: StepDataset, dataset: Dataset, device: torch.device, team: Team) -> None:
+        self.plan, self.plan_sha256, self.run = job.plan, job.plan_sha256, job.run
+        self.source, self.device, self.team = source, device, team
+        torch.set_num_threads(self.plan.num_threads)
+        self.validator = Validator(self.plan, dataset, source.cache, CHUNK_CACHE_BYTES, team)
+        self.length = fit_length(source, job.run, self.validator, device, team)
+        self.learner = Learner(self.plan, self.length.num_steps, device, team)
         self.remark: str | None = None
-        self.header = self._resume()
+        self.header = self._share(self._resume() if team.first else None)
         self.saved_step, self.saved_at = self.header.step, time.monotonic()
 
     def go(self, observer: Observer, asked: Callable[[], str | None]) -> Outcome:
         """Run the remaining steps."""
-        journal = Journal(self.run, self.header.step)
+        journal = Journal(self.run if self.team.first else None, self.header.step)
         for remark in (self.length.remark, self.remark):
             if remark:
                 observer.warned(remark)
@@ -128,13 +159,13 @@ class _Session:
                 else:
                     self.header = msgspec.structs.replace(self.header, step=step + 1, decode=None)
                 journal.write(line)
-                stop = asked()
+                stop = self.team.agree(asked())
                 if due or stop or time.monotonic() - self.saved_at > CHECKPOINT_EVERY_S:
                     self._save(journal, best=due and self.header.best_step == step + 1)
                 if stop:
                     return self._outcome(stop)
-        except Abandoned:
-            return self._outcome(asked())
+        except Abandoned as abandoned:
+            return self._outcome(str(abandoned))
         finally:
             journal.close()
         return self._outcome(None)
@@ -164,6 +195,8 @@ class _Session:
 
     def _save(self, journal: Journal, *, best: bool) -> None:
         """Write a checkpoint after the log that belongs to it, and for people the thresholds of the best one."""
+        if not self.team.first:
+            return
         journal.flush()
         scaler = self.learner.scaler.state_dict() if self.learner.scaler.is_enabled() else {}
         self.header = msgspec.structs.replace(
@@ -206,15 +239,29 @@ class _Session:
             raise CheckpointError(found, "belongs to another plan", "use another --run")
         weights = checkpoint.load_tensors(found / checkpoint.WEIGHTS)
         try:
-            self.learner.restore(weights, checkpoint.load_tensors(found / checkpoint.STATE))
+            self._restore(header, weights, checkpoint.load_tensors(found / checkpoint.STATE))
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(found, f"does not fit the plan ({error})", "use another --run") from None
-        if header.grad_scale is not None:
-            scale = {"scale": header.grad_scale, "_growth_tracker": header.grad_scale_growth}
-            self.learner.scaler.load_state_dict(self.learner.scaler.state_dict() | scale)
         if found.name != "last":
             self.remark = f"{found.parent / 'last'} is not whole: going on from {found.name}, step {header.step}"
         return header
+
+    def _restore(self, header: CheckpointHeader, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        self.learner.restore(weights, state)
+        if header.grad_scale is not None:
+            scale = {"scale": header.grad_scale, "_growth_tracker": header.grad_scale_growth}
+            self.learner.scaler.load_state_dict(self.learner.scaler.state_dict() | scale)
+
+    def _share(self, header: CheckpointHeader | None) -> CheckpointHeader:
+        """Let every process start from what the first one has restored."""
+        if self.team.size == 1 and header is not None:
+            return header
+        both = [{name: t.cpu() for name, t in x.items()} for x in (self.learner.averaged, self.learner.state())]
+        told: CheckpointHeader
+        told, (weights, state) = self.team.tell((header, both))
+        if not self.team.first:
+            self._restore(told, weights, state)
+        return told
 
 
 def _line(step: int, result: StepResult, wait_s: float, step_s: float) -> dict[str, Any]:

@@ -56,10 +56,11 @@ class Batch(NamedTuple):
 
 
 class PatchSampler:
-    """Draws the batches of one plan from one data set."""
+    """Draws the batches of one plan from one data set: of each the patches of one process."""
 
-    def __init__(self, plan: Plan, data: Dataset, cache: Path, cache_bytes: int) -> None:
+    def __init__(self, plan: Plan, data: Dataset, cache: Path, cache_bytes: int, rank: int = 0) -> None:
         self.plan = plan
+        self._own = own_patches(plan, rank)
         self._frame = Frame(plan.patch_size_zyx, plan.voxel_size_nm, plan.input_slices)
         self._logic = Logic(data.table)
         self._columns = self._logic.columns(plan.class_names)
@@ -120,9 +121,9 @@ class PatchSampler:
         )
 
     def batch(self, step: int) -> Batch:
-        """Return the patches of that optimizer step, all its micro-batches in one."""
-        plan = self.plan
-        size = plan.batch_size * plan.accumulate_batches
+        """Return this process's patches of that optimizer step, all its micro-batches in one."""
+        plan, own = self.plan, self._own
+        size = plan.patches_per_step
         num_places = min(plan.sampling.crops_per_step, size)
         rng = _generator(plan.seed, step, 0)
         places: list[tuple[Turn, int | None]] = []
@@ -131,11 +132,12 @@ class PatchSampler:
             shared = num_places < size
             places.append((turn, draw_layer(self._sources[turn.crop], self._column(turn), rng) if shared else None))
         # not torch.empty: a freed block of aligned memory does not fit the next of its size, and the heap would grow
-        images = np.empty((size, plan.input_slices, *plan.patch_size_zyx), dtype=np.float32)
-        labels = np.empty((size, *plan.patch_size_zyx), dtype=self._dtype)
+        images = np.empty((len(own), plan.input_slices, *plan.patch_size_zyx), dtype=np.float32)
+        labels = np.empty((len(own), *plan.patch_size_zyx), dtype=self._dtype)
         for first, (turn, layer) in enumerate(places):  # place by place, so that its chunks are decoded once
-            for i in range(first, size, num_places):
-                images[i], labels[i] = self._patch(turn, layer, _generator(plan.seed, step, i + 1))
+            for at, i in enumerate(own):
+                if i % num_places == first:
+                    images[at], labels[at] = self._patch(turn, layer, _generator(plan.seed, step, i + 1))
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(self.states_CK.copy()))
 
     def _column(self, turn: Turn) -> int:
@@ -152,6 +154,20 @@ class PatchSampler:
         patch = place_patch(voxel, plan.patch_size_zyx, source.codes.grid.shape_zyx, rng, warp)
         image, codes = read_source(source, volume, read_box(patch, warp), plan.input_slices)
         return augment(image, codes, plan.augmentation, warp, self._frame, rng)
+
+
+def own_patches(plan: Plan, rank: int) -> list[int]:
+    """Return which patches of a step one process builds, its micro-batches one after the other.
+
+    Micro-batch by micro-batch all processes together build what one with a `batch_size` as large as all of theirs
+    would; patches from one place stay together, so that its chunks are decoded once.
+    """
+    size, whole = plan.batch_size, plan.batch_size * plan.num_processes
+    own: list[int] = []
+    for first in range(0, plan.patches_per_step, whole):
+        by_place = sorted(range(first, first + whole), key=lambda i: i % plan.sampling.crops_per_step)
+        own += sorted(by_place[rank * size : (rank + 1) * size])
+    return own
 
 
 def narrowest(num_codes: int) -> np.dtype[Any]:

@@ -10,12 +10,15 @@ from types import FrameType
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], str | None]]:
-    """Yield a function that returns the name of the signal received, or None; a second Ctrl-C interrupts at once."""
+def asked_to_stop(*, interruptible: bool = True) -> Iterator[Callable[[], str | None]]:
+    """Yield a function that returns the name of the signal received, or None; a second Ctrl-C interrupts at once.
+
+    What a terminal sends to several processes at once interrupts only one of them.
+    """
     received: list[str] = []
 
     def note(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
+        if number == signal.SIGINT and received and interruptible:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
 

@@ -16,22 +16,26 @@ from autoseg.model.windows import autocast
 from autoseg.schema import Plan, StepResult
 from autoseg.train.patches import Batch
 from autoseg.train.schedule import rate_factor
+from autoseg.train.team import ALONE, Team
 
 
 class Learner:
-    """Network, averaged network, optimizer and scaler of one run on one device."""
+    """Network, averaged network, optimizer and scaler of one run on one device, in step with those of its team."""
 
-    def __init__(self, plan: Plan, num_steps: int, device: torch.device) -> None:
-        self.plan, self.num_steps, self.device = plan, num_steps, device
+    def __init__(self, plan: Plan, num_steps: int, device: torch.device, team: Team = ALONE) -> None:
+        self.plan, self.num_steps, self.device, self._team = plan, num_steps, device, team
         layout = torch.channels_last if plan.patch_size_zyx[0] == 1 else torch.contiguous_format
-        self.network = build_network(plan).to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        network = build_network(plan)
+        if team.size > 1:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        self.network = network.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self.averaged: dict[str, Tensor] = {}
         self.reset_average()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=plan.optimizer.learning_rate, weight_decay=plan.optimizer.weight_decay
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=plan.precision == "fp16")
-        self._loss = build_loss(plan)
+        self._loss = build_loss(plan, team.pool)
 
     def step(self, step: int, batch: Batch) -> StepResult:
         """Do optimizer step `step` (from 0), micro-batch by micro-batch; without finite gradients it is skipped."""
@@ -47,6 +51,7 @@ class Learner:
             loss = self._forward(image, codes, table) / len(images)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+        self._team.add_up_gradients(self.network)
         self.scaler.unscale_(self.optimizer)
         parameters = self.network.parameters()
         norm = float(nn.utils.clip_grad_norm_(parameters, self.plan.optimizer.gradient_clip_norm))

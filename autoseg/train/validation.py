@@ -23,6 +23,7 @@ from autoseg.metrics.overlap import mean
 from autoseg.model.windows import Predictor
 from autoseg.schema import Plan, TunedDecode, ValidationScore
 from autoseg.train.sources import validated_box
+from autoseg.train.team import ALONE, Team
 from autoseg.train.thresholds import NUM_BINS, choose_thresholds, dice_at, histograms
 
 
@@ -41,14 +42,14 @@ class Validated(NamedTuple):
 
 
 class Abandoned(Exception):  # noqa: N818 - not an error
-    """A validation that was asked to stop."""
+    """A validation that was asked to stop, with the name of the signal."""
 
 
 class Validator:
-    """The validation regions of a plan, opened once."""
+    """The validation regions of a plan, opened once; the processes of a team take turns at their blocks."""
 
-    def __init__(self, plan: Plan, data: Dataset, cache: Path, cache_bytes: int) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, data: Dataset, cache: Path, cache_bytes: int, team: Team = ALONE) -> None:
+        self._plan, self._team = plan, team
         logic, chunks = Logic(data.table), ChunkCache(cache_bytes, checksums_in(cache))
         columns = logic.columns(plan.class_names)
         readers: dict[Path, EmReader] = {}
@@ -69,9 +70,7 @@ class Validator:
         Dice and thresholds are of probabilities without mirrored copies, also where the plan predicts with them.
         """
         plan = self._plan
-        counts_K2B = self._zeros()
-        for target in self._targets:
-            self._count(self._predictor(network, device), target, counts_K2B, asked)
+        counts_K2B = self._counts(self._predictor(network, device), asked)
         planned = plan.decode.thresholds
         dice = {name: dice_at(h, planned[name]) for name, h in zip(plan.class_names, counts_K2B, strict=True)}
         tuned = None
@@ -88,10 +87,31 @@ class Validator:
         probe = first._replace(box=box.shift(first.box.start))
         for _ in range(2):
             start = time.perf_counter()
-            self._count(predictor, probe, self._zeros())
+            for block in predictor.blocks(probe.box.shape_zyx):
+                self._count(predictor, probe, block, self._zeros())
             once = time.perf_counter() - start
         num_tiles = sum(predictor.num_tiles(target.box.shape_zyx) for target in self._targets)
-        return once * num_tiles / predictor.num_tiles(box.shape_zyx)
+        return self._largest_share(predictor) * once * num_tiles / predictor.num_tiles(box.shape_zyx)
+
+    def _blocks(self, predictor: Predictor) -> list[tuple[_Target, Box]]:
+        return [(target, block) for target in self._targets for block in predictor.blocks(target.box.shape_zyx)]
+
+    def _largest_share(self, predictor: Predictor) -> float:
+        """Return the share of all voxels that the process with most of them predicts."""
+        voxels = [block.num_voxels for _, block in self._blocks(predictor)]
+        return max(sum(voxels[rank :: self._team.size]) for rank in range(self._team.size)) / sum(voxels)
+
+    def _counts(self, predictor: Predictor, asked: Callable[[], str | None]) -> NDArray[np.int64]:
+        """Return the counts of all regions, each process counting its share of the blocks; Abandoned by all at once."""
+        counts_K2B, stopped_by, heard = self._zeros(), None, self._team.listen(asked)
+        try:
+            for target, block in self._blocks(predictor)[self._team.rank :: self._team.size]:
+                self._count(predictor, target, block, counts_K2B, heard)
+        except Abandoned as abandoned:
+            stopped_by = str(abandoned)
+        if stopped_by := self._team.agree(stopped_by):
+            raise Abandoned(stopped_by)
+        return self._team.add_up(counts_K2B)
 
     def _zeros(self) -> NDArray[np.int64]:
         return np.zeros((len(self._plan.class_names), 2, NUM_BINS), dtype=np.int64)
@@ -104,25 +124,25 @@ class Validator:
         self,
         predictor: Predictor,
         target: _Target,
+        block: Box,
         counts_K2B: NDArray[np.int64],
         asked: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Predict a region block by block and add its probabilities to the counts; EM never fetched is unknown."""
+        """Predict a block of a region and add its probabilities to the counts; EM never fetched is unknown."""
         grid = target.codes.grid.crop(target.box)
-        for block in predictor.blocks(target.box.shape_zyx):
-            seen = np.zeros(block.shape_zyx, dtype=bool)
+        seen = np.zeros(block.shape_zyx, dtype=bool)
 
-            def read(tile: Box, block: Box = block, seen: NDArray[np.bool_] = seen) -> NDArray[np.float32]:
-                if asked():
-                    raise Abandoned
-                image, valid = read_input(target.em, grid, tile, self._plan.input_slices)
-                part = tile.clip(block)
-                inside = part.relative_to(block).slices
-                seen[inside] |= True if valid is None else valid[part.relative_to(tile).slices]
-                return image
+        def read(tile: Box) -> NDArray[np.float32]:
+            if stopped_by := asked():
+                raise Abandoned(stopped_by)
+            image, valid = read_input(target.em, grid, tile, self._plan.input_slices)
+            part = tile.clip(block)
+            inside = part.relative_to(block).slices
+            seen[inside] |= True if valid is None else valid[part.relative_to(tile).slices]
+            return image
 
-            codes = target.codes.codes_ZYX[block.shift(target.box.start).slices]
-            probability = predictor.predict(read, target.box.shape_zyx, block)
-            if not seen.all():
-                probability, codes = probability[:, seen], codes[seen]
-            counts_K2B += histograms(probability, codes, target.states_CK)
+        codes = target.codes.codes_ZYX[block.shift(target.box.start).slices]
+        probability = predictor.predict(read, target.box.shape_zyx, block)
+        if not seen.all():
+            probability, codes = probability[:, seen], codes[seen]
+        counts_K2B += histograms(probability, codes, target.states_CK)
