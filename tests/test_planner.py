@@ -456,8 +456,8 @@ def test_processes_share_threads_ram_and_shared_memory() -> None:
 
 @cheap
 def test_any_number_of_processes_may_share_a_cpu_and_on_gpus_one_for_each() -> None:
-    two = make_plan("a", facts(), machine(threads=4), {"num_processes": 2, "patch_size_zyx": (1, 128, 128)})
-    one = make_plan("a", facts(), machine(threads=4), {"patch_size_zyx": (1, 128, 128)})
+    fixed = {"patch_size_zyx": (1, 128, 128), "budget_s": 1e5}
+    two, one = (make_plan("a", facts(), machine(threads=4), fixed | {"num_processes": n}) for n in (2, 1))
     assert (two.num_threads, two.network.norm, two.batch_size) == (2, "group", one.batch_size // 2)
     assert two.patches_per_step == one.patches_per_step
     assert "of one of 2 processes" in reason(two, "predicted_step_s")

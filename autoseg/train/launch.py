@@ -145,14 +145,14 @@ class _Others:
         """Wait for processes whose work is done."""
         self._left.set()
         for process, _ in self._processes.values():
-            process.join(END_S)
+            self._exit_code(process)
 
     def kill(self) -> None:
         """End what still runs; it holds nothing that must be saved."""
         self._left.set()
         for process, pipe in self._processes.values():
             process.kill()
-            process.join()
+            self._exit_code(process)
             pipe.close()
 
     def reason(self) -> Exception | None:
