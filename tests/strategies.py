@@ -269,6 +269,7 @@ def valid_plan(**changes: Any) -> schema.Plan:
             tversky_beta=0.5,
             smooth=1.0,
         ),
+        class_weighting="uniform",
         class_weights=dict.fromkeys(names, 1.0),
         sampling=schema.Sampling(class_centred_fraction=0.5, class_floor=0.125, class_power=0.5, crops_per_step=2),
         normalization=schema.Normalization(kind="dtype", volumes=()),

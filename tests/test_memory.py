@@ -55,6 +55,7 @@ def predicted_and_measured(kind: str, dimensions: str, num_classes: int, precisi
         accumulate_batches=1,
         loss=loss_of(),
         classes=tuple(ClassEntry(name=name) for name in names),
+        class_weighting="uniform",
         class_weights=dict.fromkeys(names, 1.0),
         heads=(Head(name="semantic", classes=names),),
     )

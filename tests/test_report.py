@@ -153,6 +153,7 @@ def make_plan(names: tuple[str, ...], **changes: Any) -> Plan:
         network=Network(kind="unet", norm="batch", deep_supervision=False, **levels),  # type: ignore[arg-type]
         heads=(Head(name="semantic", classes=names),),
         loss=Loss(kind="bce", focal_gamma=2.0, tversky_alpha=0.5, tversky_beta=0.5, smooth=1.0, **weights),
+        class_weighting="uniform",
         class_weights=dict.fromkeys(names, 1.0),
         sampling=Sampling(class_centred_fraction=0.5, class_floor=0.1, class_power=0.5, crops_per_step=4),
         normalization=Normalization(kind="dtype", volumes=()),

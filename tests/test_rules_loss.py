@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import msgspec
 import pytest
 from test_planner import TINY, cheap, facts, machine, reason, thick
 
 from autoseg.plan import cost_of, make_plan
+from autoseg.plan.rules_loss import occurrences_of
+from autoseg.plan.weighting import STRATEGIES
 from autoseg.recipes import speed
 from autoseg.recipes.speed import measure_step_gflops, plan_here
-from autoseg.schema import ClassCount, Fingerprint, Plan
+from autoseg.schema import ClassCount, Fingerprint, Plan, Weighting
 
 
 def filling(**shares: float) -> Fingerprint:
@@ -62,12 +66,25 @@ def test_classes_weigh_alike_unless_nothing_evens_them_out_and_then_within_bound
     assert set(make_plan("a", found, machine(), {}).class_weights.values()) == {1.0}
     plan = make_plan("a", found, machine(), {"sampling.class_centred_fraction": 0.0})
     weights = plan.class_weights
-    assert sum(weights.values()) / 3 == pytest.approx(1)
-    assert weights["synapse"] / weights["mito"] == pytest.approx(3), "cut"
-    assert weights["mito"] / weights["pm"] == pytest.approx(2), "root of 4"
-    assert "synapse 0.000992%), cut to 0.5 to 3, mean 1" in reason(plan, "class_weights")
+    assert plan.class_weighting == "sqrt_inverse_median"
+    assert weights == pytest.approx({"pm": 0.5, "mito": 1.0, "synapse": 3.0}), "root of 1/4, median, cut"
+    assert "0.000992% of synapse to 16% of pm" in reason(plan, "class_weights")
     asked = {"sampling.class_centred_fraction": 0.0, "class_weights.*": {"pm": 9.0}}
-    assert make_plan("a", found, machine(), asked).class_weights["pm"] == 9.0
+    assert make_plan("a", found, machine(), asked).class_weights == pytest.approx({"pm": 9.0, "mito": 1, "synapse": 3})
+
+
+@cheap
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_every_strategy_can_be_asked_for(name: str) -> None:
+    found = filling(pm=0.16, mito=0.04, synapse=0.004)
+    plan = make_plan("a", found, machine(), {"class_weighting": name})
+    assert plan.class_weights == STRATEGIES[name](occurrences_of(found, ["pm", "mito", "synapse"]))
+    assert reason(plan, "class_weights").startswith(name)
+    assert ("this is uniform" in reason(plan, "class_weights")) == name.startswith("effective")
+
+
+def test_the_plan_knows_every_strategy() -> None:
+    assert set(get_args(Weighting)) == set(STRATEGIES)
 
 
 # ---- seconds of a step ---------------------------------------------------------------------------------------

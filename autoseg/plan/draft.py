@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 
 
 class Draft:
-    """What the rules may look at: the facts, the user's settings, and what was decided before."""
+    """What the rules may look at: the facts, the user's settings, what was decided before, the Dice of a scored run."""
 
     def __init__(
         self,
@@ -48,8 +48,10 @@ class Draft:
         hardware: Hardware,
         settings: Mapping[str, Any],
         advice: Mapping[str, Choice] | None = None,
+        dice: Mapping[str, float | None] | None = None,
     ) -> None:
         self.fingerprint, self.hardware, self.settings, self.advice = fingerprint, hardware, settings, advice or {}
+        self.dice = dice or {}
         self._values: dict[str, Any] = {}
         self.reasons: list[Reason] = []
 

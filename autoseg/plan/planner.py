@@ -85,6 +85,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("normalization.kind", data.choose_normalization),
     ("normalization.volumes", data.choose_volume_greys),
     ("sampling.class_centred_fraction", sampling.choose_sampling_fraction),
+    ("class_weighting", loss.choose_class_weighting),
     ("class_weights", loss.choose_class_weights),
     ("sampling.class_floor", sampling.choose_class_floor),
     ("sampling.class_power", sampling.choose_class_power),
@@ -137,7 +138,8 @@ def make_plan(
     if LENGTH & settings.keys():  # how long is the user's to say
         advice, carried = ({f: v for f, v in found.items() if f not in LENGTH} for found in (advice, carried))
     settings = {**{f: v for f, v in carried.items() if f.removesuffix(".*") not in advice}, **settings}
-    draft = Draft(fingerprint, hardware, settings, advice)
+    dice = {name: score.dice for name, score in evidence.scores.per_class.items()} if evidence else {}
+    draft = Draft(fingerprint, hardware, settings, advice, dice)
     _check_settings(settings, hardware)
     for field, rule in RULES:
         draft.decide(field, rule(draft))

@@ -13,14 +13,16 @@ ours contradicts it, the run is followed (tests/benchmarks/README.md has them)::
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Mapping, Sequence
 
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_data import share_of
+from autoseg.plan.weighting import STRATEGIES, Occurrence, saturated
+from autoseg.schema import Fingerprint
 
 BALANCED, VERY_RARE = 0.2, 0.001
 THIN_VOXELS = 4.0
-LEAST_WEIGHT, MOST_WEIGHT = 0.5, 3.0
+NOMINAL_VOXELS = 10**9
 MEASURED = "VNC, 1,000 steps, 3 seeds each: dice_bce .763 ± .003, focal_dice .765, tversky .72, bce .60"
 WEIGHTS_MEASURED = "VNC, 1,000 steps, 3 seeds each: .763 alike, .655 by the root of inverse shares"
 TREE = "decision tree of the CellMap loss experiments (Shan-CU)"
@@ -39,7 +41,7 @@ def choose_loss(draft: Draft) -> Choice:
     shares = {entry.name: share_of(draft, entry.name) for entry in draft["classes"]}
     rarest, commonest = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
     share = shares[rarest]
-    seen = f"{rarest} fills {100 * share:.3g}% of what is known of it"
+    seen = f"{rarest} fills {_percent(share)} of what is known of it"
     seen += f", {commonest} {shares[commonest]:.0%}" if rarest != commonest else ""
     seen += _thin(draft)
     if share >= BALANCED:
@@ -78,28 +80,49 @@ def choose_loss_field(draft: Draft, field: str) -> Choice:
     return Choice(value, note, "paper default")
 
 
-def choose_class_weights(draft: Draft) -> Choice:
-    """Return one weight for every class: alike where sampling evens classes out, else by the root of inverse shares."""
-    names = [entry.name for entry in draft["classes"]]
-    set_by_user = draft.settings.get("class_weights.*", {})
+def choose_class_weighting(draft: Draft) -> Choice:
+    """Return how the weights of the classes follow from the data: not at all where sampling evens them out."""
     centred = draft["sampling.class_centred_fraction"]
     if centred > 0:
-        weights, source = dict.fromkeys(names, 1.0), WEIGHTS_MEASURED
         because = f"every class counts alike: {centred:.0%} of the patches are centred on classes, rare ones as often"
-    else:
-        weights, because, source = _by_share(draft, names)
+        return Choice("uniform", because, WEIGHTS_MEASURED)
+    source = "CellMap class-weighting experiments (Shan-CU): .566 of three such runs, .536 ± .013 of five without"
+    return Choice("sqrt_inverse_median", "no patch is centred on a class, so nothing else evens them out", source)
+
+
+def choose_class_weights(draft: Draft) -> Choice:
+    """Return one weight for every class; only their ratios matter, since the loss is divided by their sum."""
+    strategy = draft["class_weighting"]
+    found = occurrences_of(draft.fingerprint, [entry.name for entry in draft["classes"]], draft.dice)
+    weights = STRATEGIES[strategy](found)
+    least, most = (pick(found, key=lambda name: found[name].share) for pick in (min, max))
+    because = f"{strategy}: {_percent(found[least].share)} of {least} to {_percent(found[most].share)} of {most}"
+    if strategy.startswith("effective") and saturated(found):
+        because += "; effective numbers of so many voxels are all alike: this is uniform"
+    if strategy == "manual":
+        because += "; set by hand from a table that was an artefact of its evaluation"
+    set_by_user = draft.settings.get("class_weights.*", {})
     if set_by_user:
         return Choice(weights | set_by_user, f"set by the user for {', '.join(set_by_user)}; else {because}", "user")
-    return Choice(weights, because, source)
+    return Choice(weights, because, "class_weighting")
 
 
-def _by_share(draft: Draft, names: list[str]) -> tuple[dict[str, float], str, str]:
-    shares = {name: max(share_of(draft, name), 1e-9) for name in names}
-    median = statistics.median(shares.values())
-    raw = {name: min(MOST_WEIGHT, max(LEAST_WEIGHT, (median / share) ** 0.5)) for name, share in shares.items()}
-    mean = statistics.fmean(raw.values())
-    rarest = min(shares, key=shares.__getitem__)
-    because = f"no patch is centred on a class: root of inverse shares (median {median:.2%}, {rarest} "
-    because += f"{100 * shares[rarest]:.3g}%), cut to {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, mean 1"
-    source = "CellMap class-weighting experiments (Shan-CU): .566 of three such runs, .536 ± .013 of five without"
-    return {name: weight / mean for name, weight in raw.items()}, because, source
+def occurrences_of(
+    facts: Fingerprint, names: Sequence[str], dice: Mapping[str, float | None] | None = None
+) -> dict[str, Occurrence]:
+    """Return how often each class occurs; of one that nobody counted, its reported share of a nominal volume."""
+    shapes = {shape.name: shape.num_instances + shape.num_instances_cut for shape in facts.shapes}
+    found = {}
+    for name in names:
+        counts = [crop.counts[name] for crop in facts.crops if name in crop.counts]
+        positive, known = sum(c.present for c in counts), sum(c.present + c.absent for c in counts)
+        if not known:
+            reported = facts.frequencies.get(name)
+            positive, known = round(NOMINAL_VOXELS * (reported.share if reported else 1.0)), NOMINAL_VOXELS
+        crops = sum(bool(crop.present(name)) for crop in facts.crops)
+        found[name] = Occurrence(positive, known, shapes.get(name) or crops, (dice or {}).get(name))
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"

@@ -53,6 +53,7 @@ from autoseg.schema.plans import (
     SplitRule,
     Validation,
     VolumeGrey,
+    Weighting,
 )
 from autoseg.schema.records import SCHEMA_VERSION, Artifact, Record
 from autoseg.schema.results import CheckpointHeader, ClassScore, Profile, ScoreRow, Scores, TunedDecode, WorkerTrial
@@ -106,6 +107,7 @@ __all__ = [
     "ValidationScore",
     "VolumeFacts",
     "VolumeGrey",
+    "Weighting",
     "WorkerTrial",
     "check_hardware",
     "check_plan",

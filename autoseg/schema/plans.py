@@ -79,6 +79,23 @@ class Loss(Record, frozen=True, kw_only=True):
     smooth: float
 
 
+Weighting = Literal[
+    "uniform",
+    "manual",
+    "inverse_median",
+    "sqrt_inverse_median",
+    "log_inverse_median",
+    "effective_median",
+    "inverse_max",
+    "sqrt_inverse_max",
+    "log_inverse_max",
+    "effective_max",
+    "inverse_plain",
+    "class_balanced",
+    "performance",
+]
+
+
 class Sampling(Record, frozen=True, kw_only=True):
     """How patches are drawn; shares are of all patches.
 
@@ -243,6 +260,7 @@ class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
     network: Network
     heads: tuple[Head, ...]
     loss: Loss
+    class_weighting: Weighting = "uniform"
     class_weights: dict[str, float]
     sampling: Sampling
     normalization: Normalization
