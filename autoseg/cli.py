@@ -203,6 +203,9 @@ def _fingerprint(commands: _Commands) -> None:
     )
     parser.add_argument("data", nargs="?", type=Path, default=Path("data"), metavar="DATA")
     parser.add_argument("--out", type=Path, metavar="F")
+    parser.add_argument(
+        "--weights", action="store_true", help="also show the weight of each class by every strategy (class_weighting)"
+    )
 
 
 def _plan(commands: _Commands) -> None:

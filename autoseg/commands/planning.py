@@ -27,6 +27,8 @@ from autoseg.plan import (
     resolution_groups,
     share_hardware,
 )
+from autoseg.plan.rules_loss import occurrences_of
+from autoseg.plan.weighting import STRATEGIES
 from autoseg.recipes.profile import profile_plan
 from autoseg.recipes.speed import plan_here
 from autoseg.report import data_tables, terminal
@@ -78,6 +80,13 @@ def run_fingerprint(options: argparse.Namespace) -> int:
         save(facts, options.out)
     for table in data_tables.fingerprint_tables(facts):
         results.print(table)
+    if options.weights:
+        found = occurrences_of(facts, [entry.name for entry in facts.classes])
+        weights = {name: rule(found) for name, rule in STRATEGIES.items()}
+        for table in data_tables.weight_tables(
+            weights, {name: (one.positive, one.known) for name, one in found.items()}
+        ):
+            results.print(table)
     data_tables.warn(facts, console)
     tell_cache(options, console)
     print_json(options, facts)

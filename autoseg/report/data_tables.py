@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
@@ -76,6 +78,27 @@ def warn(facts: Fingerprint, console: Console) -> None:
 
 def _known(count: ClassCount) -> int:
     return count.present + count.absent
+
+
+def weight_tables(weights: Mapping[str, Mapping[str, float]], facts: Mapping[str, tuple[int, int]]) -> list[Table]:
+    """Return the weight of every class by strategy, a table for each family; `facts` has positive and known voxels."""
+    families: dict[str, list[str]] = {}
+    for strategy in weights:
+        families.setdefault(strategy.rpartition("_")[2] if strategy.endswith(("_median", "_max")) else "", []).append(
+            strategy
+        )
+    tables = []
+    for family, strategies in families.items():
+        table = Table(title=f"class weights{family and ' by '}{family}", title_justify="left", show_edge=False)
+        table.add_column("class", overflow="fold")
+        for name in ("positive", "known", "share", *(s.removesuffix(f"_{family}") for s in strategies)):
+            table.add_column(name, justify="right", overflow="fold")
+        for name, (positive, known) in facts.items():
+            share = f"{100 * positive / known:.3g}%" if known else MISSING
+            cells = [f"{weights[strategy][name]:.3g}" for strategy in strategies]
+            table.add_row(name, magnitude(positive), magnitude(known), share, *cells)
+        tables.append(table)
+    return tables
 
 
 def volume_table(facts: Fingerprint) -> Table:
