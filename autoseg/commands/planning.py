@@ -83,9 +83,7 @@ def run_fingerprint(options: argparse.Namespace) -> int:
     if options.weights:
         found = occurrences_of(facts, [entry.name for entry in facts.classes])
         weights = {name: rule(found) for name, rule in STRATEGIES.items()}
-        for table in data_tables.weight_tables(
-            weights, {name: (one.positive, one.known) for name, one in found.items()}
-        ):
+        for table in data_tables.weight_tables(weights, {name: one.share for name, one in found.items()}):
             results.print(table)
     data_tables.warn(facts, console)
     tell_cache(options, console)

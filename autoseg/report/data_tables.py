@@ -80,8 +80,8 @@ def _known(count: ClassCount) -> int:
     return count.present + count.absent
 
 
-def weight_tables(weights: Mapping[str, Mapping[str, float]], facts: Mapping[str, tuple[int, int]]) -> list[Table]:
-    """Return the weight of every class by strategy, a table for each family; `facts` has positive and known voxels."""
+def weight_tables(weights: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]) -> list[Table]:
+    """Return the weight of every class by strategy, a table for each family of strategies."""
     families: dict[str, list[str]] = {}
     for strategy in weights:
         families.setdefault(strategy.rpartition("_")[2] if strategy.endswith(("_median", "_max")) else "", []).append(
@@ -91,12 +91,10 @@ def weight_tables(weights: Mapping[str, Mapping[str, float]], facts: Mapping[str
     for family, strategies in families.items():
         table = Table(title=f"class weights{family and ' by '}{family}", title_justify="left", show_edge=False)
         table.add_column("class", overflow="fold")
-        for name in ("positive", "known", "share", *(s.removesuffix(f"_{family}") for s in strategies)):
-            table.add_column(name, justify="right", overflow="fold")
-        for name, (positive, known) in facts.items():
-            share = f"{100 * positive / known:.3g}%" if known else MISSING
-            cells = [f"{weights[strategy][name]:.3g}" for strategy in strategies]
-            table.add_row(name, magnitude(positive), magnitude(known), share, *cells)
+        for name in ("share", *(s.removesuffix(f"_{family}").replace("_", " ") for s in strategies)):
+            table.add_column(name, justify="right")
+        for name, share in shares.items():
+            table.add_row(name, f"{100 * share:.3g}%", *(f"{weights[strategy][name]:.3g}" for strategy in strategies))
         tables.append(table)
     return tables
 
