@@ -4,11 +4,11 @@ The house, floors from top to bottom; a module imports only from floors below, t
 
     autoseg/
     ├── cli.py             THE DOOR: parse; nothing heavy is imported before a command runs
-    ├── commands/          options → a call → text or JSON: planning.py · running.py · showing.py
+    ├── commands/          options → a call → text or JSON: planning.py · running.py · comparing.py · showing.py
     ├── arguments.py       what people type, as values
     ├── recipes/           SEVERAL VERBS IN A ROW
     │                      training.py (plan + DATA → RUN) · validate.py (predict + score) · demo.py · dev_run.py
-    │                      speed.py (a plan for this machine) · profile.py (what a plan costs)
+    │                      speed.py (a plan for this machine) · profile.py (what a plan costs) · compare.py, ranking.py
     │
     ├── plan/              WHAT TO DO
     │                      fingerprint.py · crops.py (counts) · hardware.py · planner.py (order of the rules) · draft.py
@@ -29,13 +29,13 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── evaluate/          HOW GOOD IT IS
     │                      scores.py
     ├── report/            SHOWING IT
-    │                      terminal.py data_tables.py · page.py: artifacts.py results.py training.py
+    │                      terminal.py data_tables.py comparison.py · page.py: artifacts.py results.py training.py
     │                      decisions.py sections.py panels.py figures.py html.py style.py palette.py png.py
     │
     ├── model/             THE MACHINE
     │                      networks.py · sums.py losses.py · windows.py (inference) · memory.py (traced) · checkpoint.py
     ├── metrics/           COUNTING
-    │                      overlap.py (numpy in, counts out; no torch)
+    │                      overlap.py (numpy in, counts out; no torch) · noise.py
     ├── data/              WHAT THERE IS
     │                      dataset.py datasplit.py (the layout) · classes.py (three-valued logic)
     │                      codes.py (label codes, their cache) · coding.py (how they are made)
@@ -48,7 +48,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      formats/ (the only door to TIFF, HDF5, ...): volume.py readers.py writers.py pairing.py
     │
     ├── schema/            every artifact as a frozen record
-    │                      records.py · facts.py · plans.py · results.py · files.py · checks.py · events.py
+    │                      records.py · facts.py · plans.py · results.py · comparisons.py · files.py · checks.py
+    │                      events.py
     ├── geometry.py        boxes, grids, tiles; lengths in nm
     ├── limits.py          threads and RAM that this process may use
     └── errors.py          DataError, PlanError, CheckpointError

@@ -115,7 +115,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USER)
 
 
-_COMMANDS = ("demo", "import", "fingerprint", "plan", "profile", "train", "predict", "evaluate", "report")
+_COMMANDS = ("demo", "import", "fingerprint", "plan", "profile", "train", "predict", "evaluate", "compare", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"autoseg {__version__}")
     shtab.add_argument_to(parser, ["--print-completion"])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add in (_demo, _import, _fingerprint, _plan, _profile, _train, _predict, _evaluate, _report):
+    for add in (_demo, _import, _fingerprint, _plan, _profile, _train, _predict, _evaluate, _compare, _report):
         add(commands)
     return parser
 
@@ -316,6 +316,24 @@ def _evaluate(commands: _Commands) -> None:
     parser.add_argument("--out", type=Path, metavar="scores.json", help="default: RUN/scores.json")
     parser.add_argument("--checkpoint", metavar="last, best or PATH", help="default: best")
     _device(parser, default=None)
+
+
+def _compare(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        "run changes of a plan with several seeds, and rank them by more than noise; the same command goes on",
+        "autoseg compare weighting --data data --out runs/weighting --quick",
+        data=True,
+    )
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="a JSON file, or a shipped one: losses, weighting")
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DATA", help="default: ./data")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--judge", type=Path, metavar="DATA", help="score on these crops (default: what validates in DATA)"
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, 150 steps: does every change run and learn")
+    parser.add_argument("--at-once", type=int, metavar="N", help="runs side by side (default: GPUs, or CPU threads)")
 
 
 def _report(commands: _Commands) -> None:

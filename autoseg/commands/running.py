@@ -35,6 +35,7 @@ from autoseg.recipes.dev_run import dev_run
 from autoseg.recipes.training import data_of, split_of, train_on
 from autoseg.recipes.validate import evaluate_run
 from autoseg.report import terminal
+from autoseg.report.comparison import write_comparison
 from autoseg.report.page import write_report
 from autoseg.schema import Plan, Scores, TunedDecode, load_as, read_json_lines, save
 from autoseg.train.launch import torchrun_rank
@@ -196,6 +197,11 @@ def run_report(options: argparse.Namespace) -> int:
     """Write the page of a run."""
     _, results = consoles(options)
     out = options.out or options.run / "report.html"
+    if (options.run / "ranking.json").is_file():
+        write_comparison(options.run, out)
+        results.print(f"wrote {out} and {options.run / 'ranking.csv'}")
+        print_json(options, {"report": str(out)})
+        return EXIT_OK
     write_report(options.run, out, options.scores, options.cache)
     results.print(f"wrote {out}")
     print_json(options, {"report": str(out)})

@@ -5,6 +5,7 @@
     plans/NAME.json                 shipped plans
     plans/hardware/NAME.json        machines, for `--hardware NAME`
     plans/fingerprints/NAME.json    data sets that the plans were made for
+    plans/compare/NAME.json         comparisons, for `autoseg compare NAME`
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from autoseg.errors import PlanError
 from autoseg.schema import Hardware, Plan, load, nearest
 
 DISTRIBUTION = "autoseg-em"
-Kind = Literal["plans", "hardware", "fingerprints"]
+Kind = Literal["plans", "hardware", "fingerprints", "compare"]
 
 
 def shipped_files(kind: Kind) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """Artifacts as frozen records (`records`), their JSON (`files`), events, and what a plan must satisfy (`checks`)."""
 
 from autoseg.schema.checks import check_hardware, check_plan, network_contradictions
+from autoseg.schema.comparisons import Change, CompareSpec, Ranking, RankRow
 from autoseg.schema.events import Observer, Outcome, StepResult, ValidationScore
 from autoseg.schema.facts import (
     ClassCount,
@@ -63,12 +64,14 @@ __all__ = [
     "AnyArtifact",
     "Artifact",
     "Augmentation",
+    "Change",
     "CheckpointHeader",
     "ClassCount",
     "ClassEntry",
     "ClassScore",
     "ClassShape",
     "ClassTable",
+    "CompareSpec",
     "Contradiction",
     "CropFacts",
     "Decode",
@@ -90,6 +93,8 @@ __all__ = [
     "Probe",
     "Profile",
     "Quantiles",
+    "RankRow",
+    "Ranking",
     "Reason",
     "Record",
     "Region",

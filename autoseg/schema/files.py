@@ -16,12 +16,13 @@ from typing import Any, TypeVar, get_args
 import msgspec
 
 from autoseg.errors import PlanError
+from autoseg.schema.comparisons import Ranking
 from autoseg.schema.facts import ClassTable, Fingerprint, Hardware
 from autoseg.schema.plans import Plan
 from autoseg.schema.records import SCHEMA_VERSION, Artifact, Record
 from autoseg.schema.results import CheckpointHeader, Scores, TunedDecode
 
-AnyArtifact = ClassTable | Fingerprint | Hardware | Plan | CheckpointHeader | TunedDecode | Scores
+AnyArtifact = ClassTable | Fingerprint | Hardware | Plan | CheckpointHeader | TunedDecode | Scores | Ranking
 A = TypeVar("A", bound=Artifact)
 _TYPE_WORDS = {
     "int": "a whole number",
