@@ -6,12 +6,14 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from autoseg.errors import DataError
 from autoseg.report.figures import Line, Point, bar, line_chart, thin
 from autoseg.report.html import Html, el, join, section, table
+from autoseg.report.palette import css, look
 from autoseg.report.style import STYLE
 from autoseg.report.terminal import MISSING, number
 from autoseg.schema import Ranking, RankRow, load_as, read_json_lines, write_atomically
