@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
@@ -25,7 +26,6 @@ from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN, Logic, States
 from autoseg.data.codes import CropCodes, open_codes
 from autoseg.data.coding import INDEX_BLOCK, check_room
 from autoseg.data.dataset import Crop
-from autoseg.data.greys import CONFIDENCE_95
 from autoseg.data.integrity import find_missing, pin
 from autoseg.data.store import checksums_in
 from autoseg.data.traits import CropTraits, remembered
@@ -35,6 +35,7 @@ from autoseg.schema import ClassCount, Contradiction, CropFacts, Finding
 WHOLE_LABEL_VOXELS = 2**36  # voxels x classes that are read whole: minutes
 SAMPLED_BOXES = 64
 SAMPLED_BOX: VoxelsZYX = (128, 128, 128)
+NORMAL_95 = 1.96
 SECTIONS = 64  # of label codes, looked at together
 
 
@@ -130,7 +131,9 @@ def crop_facts(
         annotated=tuple(label.name for label in crop.labels if label.name in logic.names),
         counts=_counts(opened, names),
         conflicts=round(scale * int(histogram[opened.conflicts_C].sum())),
-        contradictions=opened.contradictions,
+        contradictions=tuple(
+            msgspec.structs.replace(one, voxels=round(scale * one.voxels)) for one in opened.contradictions
+        ),
         stored_sha256=digest,
         known_voxels=round(scale * int(histogram[(opened.states_CK != UNKNOWN).any(axis=1)].sum())),
     )
@@ -177,9 +180,9 @@ def share_interval(
     """Return the 95 % interval of a share of which boxes (B) were counted; None where nothing is known.
 
     A box says as much as a few voxels, since neighbours are alike: as many as would spread the share as the boxes do,
-    one a box where all agree. Wilson's interval of that many stays inside 0 to 1; Student's t, of the boxes that hold
-    the class, keeps it wide where few do. Source: Cochran 1977, chapter 6 (ratio of sums over boxes); Korn and Graubard
-    1998 (effective number).
+    one a box where all agree (Korn and Graubard 1998; the spread is Cochran's of a ratio of sums, 1977, chapter 6).
+    Wilson's interval of that many stays inside 0 to 1. Student's t has the boxes that hold the class for its degrees of
+    freedom: a heuristic of our own, wide where few boxes do (for compact rare classes wider than it need be).
     """
     known, boxes = int(known_B.sum()), len(known_B)
     if known == 0 or boxes < 2:
@@ -191,7 +194,7 @@ def share_interval(
         return share, share
     num = share * (1 - share) / variance if variance > 0 else float(boxes)
     held = int(min((present_B > 0).sum(), (present_B < known_B).sum()))
-    t = float(stdtrit(max(1, held - 1), 0.975)) if held else CONFIDENCE_95
+    t = float(stdtrit(max(1, held - 1), 0.975)) if held else NORMAL_95
     z2 = t**2
     middle = (share + z2 / (2 * num)) / (1 + z2 / num)
     half = t * math.sqrt(share * (1 - share) / num + z2 / (4 * num**2)) / (1 + z2 / num)

@@ -36,7 +36,7 @@ def rank(spec: CompareSpec, runs: Sequence[Finished], failed: Mapping[str, str])
     values = {
         name: [v for run in found if (v := run.scores.mean_dice) is not None] for name, found in by_change.items()
     }
-    groups = [[v for name in names for v in values[name]] for names in dict.fromkeys(alike.values())]
+    groups = [_repeats(names, by_change) for names in dict.fromkeys(alike.values())]
     sd, freedom = pooled_sd(groups)
     ordered = sorted(by_change, key=lambda name: -(mean(list(values[name])) or 0.0))
     ranked = sd is not None and all(len(values[name]) >= LEAST_SEEDS for name in ordered)
@@ -86,6 +86,12 @@ def _dice(runs: Sequence[Finished]) -> list[float]:
     return [value for run in runs if (value := run.scores.mean_dice) is not None]
 
 
+def _repeats(names: Sequence[str], runs: Mapping[str, Sequence[Finished]]) -> list[float]:
+    """Return the scores of changes that train alike; what one seed gives twice, to the last bit, is no repetition."""
+    found = {(run.seed, run.scores.mean_dice) for name in names for run in runs[name]}
+    return [value for _, value in sorted(found, key=lambda pair: pair[0]) if value is not None]
+
+
 def _by_crop(runs: Sequence[Finished]) -> list[dict[str, Counts]]:
     """Return the counts of each crop, those of all seeds together."""
     crops: dict[str, dict[str, Counts]] = {}
@@ -127,8 +133,8 @@ def _best(changes: Sequence[Change], ordered: Sequence[str], apart: Apart) -> tu
         return (top,), f"{top} was highest, but there are too few seeds to rank"
     peers = [name for name in ordered if name == top or not apart(top, name)]
     simplest = min(peers, key=lambda name: (len(sets[name]), ordered.index(name)))
-    if simplest != top:
-        return (simplest,), f"{', '.join(peers)} are not separable: {simplest} changes least"
+    if len(peers) > 1:
+        return (simplest,), f"{', '.join(peers)} are not separable, and {simplest} changes least"
     chosen, fields = [top], set(sets[top])
     for name in _better_than_base(sets, ordered, apart):
         if fields.isdisjoint(sets[name]):
@@ -136,7 +142,7 @@ def _best(changes: Sequence[Change], ordered: Sequence[str], apart: Apart) -> tu
             fields |= set(sets[name])
     if len(chosen) > 1:
         return tuple(chosen), f"{' and '.join(chosen)} each help and touch different fields; together they never ran"
-    return (top,), f"{top} is separable from all that change less" if len(ordered) > 1 else f"{top} is the only one"
+    return (top,), f"{top} is separable from every other" if len(ordered) > 1 else f"{top} is the only one"
 
 
 def _better_than_base(sets: Mapping[str, dict[str, Any]], ordered: Sequence[str], apart: Apart) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -40,11 +41,22 @@ def class_table(facts: Fingerprint) -> Table:
             entry.name,
             magnitude(known),
             magnitude(positive),
-            f"{positive / known:.2%}" if known else MISSING,
+            f"{positive / known:.2%}{_half_width(counts)}" if known else MISSING,
             f"{sum(c.present > 0 for c in counts)}/{sum(_known(c) > 0 for c in counts)}",
             *_shape_cells(shapes.get(entry.name)),
         )
     return table
+
+
+def _half_width(counts: Sequence[ClassCount]) -> str:
+    """Return how far the share of a class may be off, at 95 %, as far as its crops were sampled; nothing if none was."""
+    known = sum(_known(count) for count in counts)
+    halves = [
+        _known(count) * (count.share_interval[1] - count.share_interval[0]) / 2
+        for count in counts
+        if count.share_interval
+    ]
+    return f" ± {math.hypot(*halves) / known:.2%}" if halves and known else ""
 
 
 def _shape_cells(shape: ClassShape | None) -> tuple[str, str]:

@@ -35,7 +35,7 @@ class Intensity(Record, frozen=True, kw_only=True):
 
     `mean_interval` holds the mean of all stored chunks with 95 % confidence, as the sampled ones spread. `drift_z` is
     the sd of the means of sections, in sd of grey values. `local_skewness` is that of grey values less their
-    surroundings (2 voxels, in sections); its sign is the polarity. None where it was not measured.
+    surroundings (2 voxels, in sections); its sign is the polarity. None: not measured.
     """
 
     minimum: float
