@@ -408,7 +408,7 @@ def test_labels_finer_than_their_em_are_not_said_to_have_its_voxel_size() -> Non
 def test_a_step_is_priced_only_on_the_device_that_was_measured() -> None:
     priced = make_plan("a", facts(), machine(gpu()), {})
     assert priced.predicted_step_s is not None
-    assert "measured here" in next(r.source for r in priced.reasons if r.field == "predicted_step_s")
+    assert "measured when" in next(r.source for r in priced.reasons if r.field == "predicted_step_s")
     other = make_plan("a", facts(), machine(gpu()), {"device": "cpu"})
     assert other.predicted_step_s is None
     assert reason(other, "predicted_step_s") == "the speed of this machine in fp32 on cpu was not measured"
@@ -557,6 +557,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     "network.norm": ("group", "group"),
     "network.deep_supervision": ("true", True),
     "loss.kind": ("focal_dice", "focal_dice"),
+    "class_weighting": ("inverse_max", "inverse_max"),
     "class_weights": ('{"mito": 2, "pm": 1}', {"mito": 2.0, "pm": 1.0}),
     "normalization.kind": ("dtype", "dtype"),
     "init": ("null", None),

@@ -16,8 +16,8 @@ from test_planner import GIB, cheap, facts, fingerprints, gpu, machine, machines
 
 from autoseg.errors import PlanError
 from autoseg.model.memory import trace_step
-from autoseg.plan import make_plan, parse_settings, read_hardware, share_hardware
-from autoseg.plan.rules_machine import MAX_BATCH, room_on
+from autoseg.plan import gpus_of_run, make_plan, parse_settings, read_hardware, share_hardware
+from autoseg.plan.rules_machine import max_batch, room_on
 from autoseg.schema import Fingerprint, Hardware, save
 
 Inputs = tuple[Fingerprint, Hardware]
@@ -129,11 +129,11 @@ def test_a_traced_plan_fits_and_leaves_no_gpu_idle_that_a_larger_batch_would_use
         assert "fits, with" in refusal, "the message names what would"
         return
     room, _ = room_on(hardware, "cuda")
-    slices, flat = plan.input_slices, plan.patch_size_zyx[0] == 1
+    slices = plan.input_slices
     cost = trace_step(plan.network, slices, num_classes, plan.patch_size_zyx, plan.precision, plan.loss)
     assert cost.memory_bytes(plan.batch_size, "cuda") == plan.predicted_memory_bytes <= room
     assert plan.predicted_ram_bytes <= hardware.ram_bytes
-    full = plan.batch_size == MAX_BATCH[flat]
+    full = plan.batch_size == max_batch(plan.patch_size_zyx)
     assert full or cost.memory_bytes(plan.batch_size + 1, "cuda") > room
     assert not full or f"more than {plan.batch_size} would not help" in reason(plan, "batch_size")
 
@@ -151,6 +151,10 @@ def test_runs_side_by_side_share_a_machine(hardware: Hardware, num_runs: int) ->
         on_one = math.ceil(num_runs / len(hardware.gpus))
         assert len(one.gpus) * num_runs <= max(len(hardware.gpus), num_runs)
         assert all(g.memory_bytes * on_one <= whole for g in one.gpus)
+        mine = [gpus_of_run(hardware, num_runs, run) for run in range(num_runs)]
+        assert all(len(gpus) == len(one.gpus) for gpus in mine)
+        used = [gpu for gpus in mine for gpu in gpus]
+        assert max(used.count(gpu) for gpu in used) <= on_one, "no GPU computes more runs than were planned for it"
 
 
 def test_one_run_alone_has_the_whole_machine() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from autoseg.data.writer import ImportRequest
 from autoseg.errors import PlanError, counted
 from autoseg.plan import (
     fingerprint,
+    gpus_of_run,
     make_plan,
     own_or_shipped,
     parse_settings,
@@ -25,6 +27,7 @@ from autoseg.plan import (
     read_evidence,
     read_hardware,
     resolution_groups,
+    runs_on_one,
     share_hardware,
 )
 from autoseg.plan.rules_loss import occurrences_of
@@ -111,7 +114,7 @@ def run_plan(options: argparse.Namespace) -> int:
     data_tables.warn(facts, console)
     evidence = read_evidence(options.scores) if options.scores else None
     wanted = _by_resolution(facts, hardware, out, settings) if options.by_resolution else {out: (settings, "")}
-    make = plan_here if local else make_plan
+    make = functools.partial(plan_here, runs_on_one=runs_on_one(machine, options.side_by_side)) if local else make_plan
     plans = {path: make(path.stem, facts, hardware, of_path, evidence) for path, (of_path, _) in wanted.items()}
     for path, plan in plans.items():
         save(plan, path)
@@ -119,6 +122,10 @@ def run_plan(options: argparse.Namespace) -> int:
         results.print(wanted[path][1] or terminal.plan_summary(plan), style="bold")
         where = f" --data {options.data}" if options.data else ""
         results.print(f"wrote {path}; next: autoseg train --plan {path}{where}")
+    if options.side_by_side > 1 and machine.gpus:
+        for run in range(options.side_by_side):
+            mine = ",".join(map(str, gpus_of_run(machine, options.side_by_side, run)))
+            console.print(f"run {run + 1} of {options.side_by_side}: CUDA_VISIBLE_DEVICES={mine} autoseg train ...")
     tell_cache(options, console)
     print_json(options, {"plans": [*plans.values()]} if options.by_resolution else plans[out])
     return EXIT_OK

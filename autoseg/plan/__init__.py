@@ -3,7 +3,7 @@
 from autoseg.plan.draft import parse_settings
 from autoseg.plan.evidence import Evidence, read_evidence
 from autoseg.plan.fingerprint import fingerprint
-from autoseg.plan.hardware import probe_hardware, share_hardware
+from autoseg.plan.hardware import gpus_of_run, probe_hardware, runs_on_one, share_hardware
 from autoseg.plan.planner import make_plan
 from autoseg.plan.resolution import resolution_groups
 from autoseg.plan.rules_machine import cost_of
@@ -14,6 +14,7 @@ __all__ = [
     "Evidence",
     "cost_of",
     "fingerprint",
+    "gpus_of_run",
     "make_plan",
     "own_or_shipped",
     "parse_settings",
@@ -21,6 +22,7 @@ __all__ = [
     "read_evidence",
     "read_hardware",
     "resolution_groups",
+    "runs_on_one",
     "share_hardware",
     "shrink",
 ]

@@ -30,12 +30,23 @@ def probe_hardware() -> Hardware:
     )
 
 
+def runs_on_one(hardware: Hardware, num_runs: int) -> int:
+    """Return how many of the runs one GPU computes; 1 on a CPU, of which each has threads of its own."""
+    return max(1, math.ceil(num_runs / len(hardware.gpus))) if hardware.gpus else 1
+
+
+def gpus_of_run(hardware: Hardware, num_runs: int, run: int) -> list[int]:
+    """Return the numbers of the GPUs of one of several runs side by side, counted from 0."""
+    each = max(1, len(hardware.gpus) // num_runs)
+    return [(run * each + i) % len(hardware.gpus) for i in range(each)]
+
+
 def share_hardware(hardware: Hardware, num_runs: int) -> Hardware:
     """Return what each of several runs side by side may use: its GPUs or part of one, threads, RAM and /dev/shm."""
     if num_runs < 1:
         raise PlanError("--side-by-side", f"{num_runs} runs", "use at least 1")
     num_gpus = len(hardware.gpus)
-    on_one = max(1, math.ceil(num_runs / num_gpus)) if num_gpus else num_runs  # runs that one device computes
+    on_one = runs_on_one(hardware, num_runs) if num_gpus else num_runs
     return msgspec.structs.replace(
         hardware,
         gpus=tuple(
@@ -45,6 +56,7 @@ def share_hardware(hardware: Hardware, num_runs: int) -> Hardware:
         cpu_threads=max(1, hardware.cpu_threads // num_runs),
         ram_bytes=hardware.ram_bytes // num_runs,
         shm_bytes=hardware.shm_bytes // num_runs,
+        disk_free_bytes=hardware.disk_free_bytes and hardware.disk_free_bytes // num_runs,
         step_gflops=hardware.step_gflops and {name: speed / on_one for name, speed in hardware.step_gflops.items()},
     )
 

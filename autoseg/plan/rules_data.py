@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 from autoseg.data.classes import cellmap_table
 from autoseg.data.split import within
@@ -179,10 +180,20 @@ def choose_normalization(draft: Draft) -> Choice:
     """Return the rule that makes grey values network input."""
     measured = [(v.name, v.intensity) for v in draft.fingerprint.volumes if v.intensity is not None]
     example = "".join(f" ({name}: {grey.mean:.0f} ± {grey.sd:.0f})" for name, grey in measured[:1])
-    because = f"by mean and sd of each volume{example}, never of a patch"
+    because = f"by mean and sd of each volume{example}, never of a patch{_odd_polarity(draft)}"
     return Choice(
         "volume", because, "per-patch scaling shifts grey values (seen in the CellMap loss experiments, Shan-CU)"
     )
+
+
+def _odd_polarity(draft: Draft) -> str:
+    """Name the volumes in which what is stained is not as dark, or as bright, as in most."""
+    polarity = {v.name: v.intensity.polarity for v in draft.fingerprint.volumes if v.intensity and v.intensity.polarity}
+    if len(set(polarity.values())) < 2:
+        return ""
+    usual = Counter(polarity.values()).most_common(1)[0][0]
+    odd = [name for name, found in polarity.items() if found != usual]
+    return f"; stain is {usual} in most volumes, but not in {', '.join(odd[:NAMED_VOLUMES])}: are they inverted?"
 
 
 def choose_volume_greys(draft: Draft) -> Choice:
@@ -218,14 +229,21 @@ def _positive(draft: Draft, name: str, edges_nm: tuple[float, float] | None = No
     return sum(crop.present(name) or 0 for crop in crops)
 
 
-def share_of(draft: Draft, name: str) -> float:
-    """Return the share of a class in the voxels in which it is known, as counted or as reported; 1 if nobody knows."""
+class Share(NamedTuple):
+    """How much a class fills, and of what, in words."""
+
+    share: float
+    of_what: str
+
+
+def share_of(draft: Draft, name: str) -> Share | None:
+    """Return the share of a class in the voxels in which it is known, as counted or as reported; None: nobody knows."""
     reported = draft.fingerprint.frequencies.get(name)
     counts = [crop.counts[name] for crop in draft.fingerprint.crops if name in crop.counts]
     known = sum(c.present + c.absent for c in counts)
     if known:
-        return sum(c.present for c in counts) / known
-    return reported.share if reported else 1.0
+        return Share(sum(c.present for c in counts) / known, "what is known of it")
+    return Share(reported.share, f"what was reported ({reported.source})") if reported else None
 
 
 def _nm(size: NmZYX) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from autoseg.errors import PlanError, counted
+from autoseg.geometry import VoxelsZYX
 from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
 from autoseg.plan.draft import Choice, Draft
 from autoseg.schema import Gpu, Hardware, Loss, Network, Plan
@@ -23,7 +24,7 @@ WORKER_BYTES = int(0.6 * GIB)
 BATCHES_IN_FLIGHT = 3
 MAX_WORKERS = 8
 CHECKPOINTS, STORED_TENSORS = 4, 4  # last, previous, best and the one being written; weights, average and moments
-MAX_BATCH = {True: 32, False: 4}
+MOST_VOXELS, MOST_PATCHES = {True: 32 * 256**2, False: 4 * 192**3}, 128  # on a GPU, at once; flat, solid
 MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
 # Of a step; measured on VNC, two CPU cores: 6 to 8 % (one thread, bf16), without workers.
 DATA_SHARE = 0.07
@@ -104,7 +105,9 @@ def _commas(numbers: Sequence[int]) -> str:
 def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
     """Return the largest batch worth its time, and why no larger one is."""
     if draft["device"] != "cpu":
-        return MAX_BATCH[flat], f"more than {MAX_BATCH[flat]} would not help"
+        most = max_batch(draft["patch_size_zyx"])
+        like = "32 of 256x256" if flat else "4 of 192x192x192"
+        return most, f"more than {most} would not help: as many voxels as {like}, an unmeasured limit"
     wanted = max(1, round(8 * 128 * 128 / math.prod(draft["patch_size_zyx"]))) if flat else 2
     processes = draft["num_processes"]  # that share the CPU, and the patches of a step
     step_s = (_step_seconds(draft, 1) or 0.0) * wanted / processes
@@ -113,6 +116,11 @@ def _useful_batch(draft: Draft, flat: bool) -> tuple[int, str]:
         few = f"{wanted} would leave {counted(round(steps), 'step')} in {draft['budget_s']:g} s"
         return max(1, 4 // processes), f"{few} (demo, 80 s, one run each, noise unknown: .62 with 8, .65 with 4)"
     return max(1, wanted // processes), f"more than {wanted} would not help"
+
+
+def max_batch(patch_zyx: VoxelsZYX) -> int:
+    """Return the largest micro-batch of a GPU that is worth its time."""
+    return min(MOST_PATCHES, max(2, MOST_VOXELS[patch_zyx[0] == 1] // math.prod(patch_zyx)))
 
 
 def usable_bytes(draft: Draft) -> tuple[int, str]:
@@ -160,7 +168,7 @@ def choose_num_workers(draft: Draft) -> Choice:
     """Return the loader processes of one training process."""
     if draft["device"] == "cpu":
         return Choice(
-            0, "a batch costs 8 to 21 % of a step: a worker would take its thread from the network", "measured, CPU"
+            0, "a batch costs 6 to 21 % of a step: a worker would take its thread from the network", "measured, CPU"
         )
     voxels = math.prod(draft["patch_size_zyx"]) * draft["batch_size"] * draft["accumulate_batches"]
     batch_bytes = 4 * voxels * (draft["input_slices"] + 1)
@@ -249,7 +257,11 @@ def choose_step_s(draft: Draft) -> Choice:
     because += f", and {DATA_SHARE:.0%} for its batch" if draft["num_workers"] == 0 else "; workers make its batch"
     if draft["num_processes"] > 1:
         because += f"; of one of {draft['num_processes']} processes, without what they exchange"
-    return Choice(_step_seconds(draft, patches), because, "steps of this network, measured here on random voxels")
+    return Choice(
+        _step_seconds(draft, patches),
+        because,
+        "steps on random voxels, measured when the machine was probed",
+    )
 
 
 def _step_seconds(draft: Draft, patches: int) -> float | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from autoseg.errors import PlanError, counted
 from autoseg.geometry import VoxelsZYX
 from autoseg.plan.draft import Choice, Draft
-from autoseg.plan.rules_machine import step_cost, usable_bytes
+from autoseg.plan.rules_machine import GIB, step_cost, usable_bytes
 
-GIB = 2**30
 NARROW, WIDE = (18, 36, 48, 64, 80), (32, 64, 128, 256, 320)
 
 

@@ -111,7 +111,8 @@ def _solid_edge(draft: Draft) -> tuple[int, str]:
 
 def _largest_solid(draft: Draft, room: int) -> int | None:
     """Return the longest usual edge of which two cubes fit so many bytes, None if none does."""
-    most = SOLID_ROOM * room / 2 / (SOLID_BYTES + SOLID_BYTES_A_CLASS * len(draft["classes"]))
+    wide = 2 if draft["precision"] == "fp32" else 1  # the bytes were traced in bf16
+    most = SOLID_ROOM * room / 2 / wide / (SOLID_BYTES + SOLID_BYTES_A_CLASS * len(draft["classes"]))
     return max((edge for edge in SOLID_EDGES if edge**3 <= most), default=None)
 
 

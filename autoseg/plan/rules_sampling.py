@@ -18,8 +18,11 @@ from autoseg.plan.rules_data import share_of, training_crops
 
 def choose_sampling_fraction(draft: Draft) -> Choice:
     """Return the share of patches that are centred on a voxel of a class."""
-    rarest = min((share_of(draft, entry.name), entry.name) for entry in draft["classes"])
-    because = f"the other half shows tissue as it is; {rarest[1]} fills only {rarest[0]:.2%}"
+    shares = {e.name: share for e in draft["classes"] if (share := share_of(draft, e.name)) is not None}
+    because = "the other half shows tissue as it is"
+    if shares:
+        rarest = min(shares, key=lambda name: shares[name].share)
+        because += f"; {rarest} fills only {shares[rarest].share:.2%} of {shares[rarest].of_what}"
     return Choice(0.5, because, "unmeasured; nnU-Net draws a third")
 
 
@@ -32,7 +35,8 @@ def choose_class_floor(draft: Draft) -> Choice:
     because = f"{floor:.2%} of all patches or more for each of {counted(len(taught), 'class')}"
     if taught:
         fewest, rarest = min((len(crops), name) for name, crops in taught.items())
-        because += f"; {rarest} is in {fewest} of {len(training_crops(draft))} crops"
+        found = "in" if any(rarest in crop.counts for crop in training_crops(draft)) else "annotated in"
+        because += f"; {rarest} is {found} {fewest} of {len(training_crops(draft))} crops"
     if left := [name for name in names if name not in taught]:
         because += f"; nothing to train on: {', '.join(left)}"
     return Choice(floor, because, "half of the centred share, split evenly; unmeasured")

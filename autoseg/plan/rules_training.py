@@ -143,7 +143,9 @@ def choose_learning_rate(draft: Draft) -> Choice:
     """Return the peak learning rate."""
     if draft["device"] == "cpu" and draft["dimensions"] != "3d":
         return Choice(3e-3, "small batch-normalised networks and short runs", "unmeasured; a hand-made recipe's")
-    return Choice(1e-3, "AdamW with warm-up", "common in EM (BANIS, DeepEM)")
+    patches = draft["batch_size"] * draft["accumulate_batches"] * draft["num_processes"]
+    because = f"AdamW with warm-up; the same for any number of patches a step, here {patches}"
+    return Choice(1e-3, because, "common in EM (BANIS, DeepEM); not scaled with the batch, unmeasured")
 
 
 def choose_weight_decay(_: Draft) -> Choice:

@@ -29,13 +29,26 @@ NUM_CODES = 16
 
 
 def plan_here(
-    name: str, facts: Fingerprint, hardware: Hardware, settings: Mapping[str, Any], evidence: Evidence | None = None
+    name: str,
+    facts: Fingerprint,
+    hardware: Hardware,
+    settings: Mapping[str, Any],
+    evidence: Evidence | None = None,
+    *,
+    runs_on_one: int = 1,
 ) -> Plan:
-    """Return the plan for the machine at hand, whose record then holds the speed of the plan's own steps."""
+    """Return the plan for the machine at hand, whose record then holds the speed of the plan's own steps.
+
+    Of a device that computes several runs each has a part. Where the step does not run, for want of memory, its speed
+    stays unknown.
+    """
     plan = make_plan(name, facts, hardware, settings, evidence)
     if plan.device == "cuda" and not torch.cuda.is_available():
         return plan
-    speeds = {plan.precision: measure_step_gflops(plan)}
+    try:
+        speeds = {plan.precision: measure_step_gflops(plan) / runs_on_one}
+    except torch.OutOfMemoryError:
+        return plan
     return make_plan(name, facts, msgspec.structs.replace(hardware, step_gflops=speeds), settings, evidence)
 
 

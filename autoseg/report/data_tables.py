@@ -49,13 +49,10 @@ def class_table(facts: Fingerprint) -> Table:
 
 
 def _half_width(counts: Sequence[ClassCount]) -> str:
-    """Return how far the share of a class may be off, at 95 %, as far as its crops were sampled; nothing if none was."""
+    """Return how far the share of a class may be off, at 95 %, where crops of it were sampled."""
+    sampled = [(_known(count), count.share_interval) for count in counts if count.share_interval]
+    halves = [weight * (high - low) / 2 for weight, (low, high) in sampled]
     known = sum(_known(count) for count in counts)
-    halves = [
-        _known(count) * (count.share_interval[1] - count.share_interval[0]) / 2
-        for count in counts
-        if count.share_interval
-    ]
     return f" ± {math.hypot(*halves) / known:.2%}" if halves and known else ""
 
 

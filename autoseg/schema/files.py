@@ -24,6 +24,7 @@ from autoseg.schema.results import CheckpointHeader, Scores, TunedDecode
 
 AnyArtifact = ClassTable | Fingerprint | Hardware | Plan | CheckpointHeader | TunedDecode | Scores | Ranking
 A = TypeVar("A", bound=Artifact)
+REMOVED = {"conv_gflops": "it is of an earlier version, and held another speed: write it anew"}
 _TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -122,6 +123,8 @@ def explain(message: str, record_type: Any, given: str = "it") -> tuple[str, str
         return f"{found[1]!r}{where} is none of {', '.join(names)}", _did_you_mean(found[1], names, "use one of them")
     what = f"{message} - at '{field}'" if field else message
     if found := re.search(r"unknown field '([^']*)'", message):
+        if found[1] in REMOVED:
+            return what, REMOVED[found[1]]
         return what, _did_you_mean(found[1], sorted(_field_names(record_type)), "remove it")
     return what, "correct the value"
 
