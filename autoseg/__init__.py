@@ -35,7 +35,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── model/             THE MACHINE
     │                      networks.py · sums.py losses.py · windows.py (inference) · memory.py (traced) · checkpoint.py
     ├── metrics/           COUNTING
-    │                      overlap.py (numpy in, counts out; no torch) · noise.py
+    │                      overlap.py (numpy in, counts out; no torch) · noise.py · verdicts.py
     ├── data/              WHAT THERE IS
     │                      dataset.py datasplit.py (the layout) · classes.py (three-valued logic)
     │                      codes.py (label codes, their cache) · coding.py (how they are made)

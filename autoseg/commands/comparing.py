@@ -7,7 +7,7 @@ import argparse
 from autoseg.commands.showing import EXIT_OK, cache_of, consoles, print_json, tell_cache
 from autoseg.errors import AutosegError, counted
 from autoseg.plan import fingerprint, own_or_shipped, probe_hardware, read_hardware
-from autoseg.recipes.compare import compare, read_spec
+from autoseg.recipes.compare import Ground, compare, read_spec
 from autoseg.report import comparison, terminal
 from autoseg.schema import Hardware, save
 
@@ -18,18 +18,8 @@ def run_compare(options: argparse.Namespace) -> int:
     spec = read_spec(own_or_shipped(options.spec, "compare"))
     with terminal.progress(console) as progress:
         facts = fingerprint(options.data, cache_of(options), progress)
-    ranking = compare(
-        spec,
-        options.data,
-        options.out,
-        facts,
-        _hardware(options),
-        judge=options.judge,
-        quick=options.quick,
-        at_once=options.at_once,
-        cache=options.cache,
-        tell=console.print,
-    )
+    on = Ground(options.data, facts, _hardware(options), options.judge, options.cache)
+    ranking = compare(spec, on, options.out, quick=options.quick, at_once=options.at_once, tell=console.print)
     folder = options.out / "quick" if options.quick else options.out
     comparison.write_comparison(folder, folder / "report.html")
     results.print(comparison.ranking_table(ranking))

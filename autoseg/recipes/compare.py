@@ -57,17 +57,23 @@ class Job(NamedTuple):
         return self.folder / "scores" / f"{self.name}.json"
 
 
+class Ground(NamedTuple):
+    """What all runs of a comparison share: DATA with its facts, the machine, what is scored on (None: DATA), the cache."""
+
+    data: Path
+    facts: Fingerprint
+    hardware: Hardware
+    judge: Path | None = None
+    cache: Path | None = None
+
+
 def compare(
     spec: CompareSpec,
-    data: Path,
+    on: Ground,
     folder: Path,
-    facts: Fingerprint,
-    hardware: Hardware,
     *,
-    judge: Path | None = None,
     quick: bool = False,
     at_once: int | None = None,
-    cache: Path | None = None,
     tell: Tell = lambda text: None,
 ) -> Ranking:
     """Run what is not yet finished, write ranking.json and best_plan.json into `folder`, and return the ranking.
@@ -77,20 +83,20 @@ def compare(
     """
     check_spec(spec)
     folder = folder / "quick" if quick else folder
-    slots = at_once or slots_on(hardware)
-    jobs = _jobs(spec, facts, share_hardware(hardware, slots), folder, quick=quick)
+    slots = at_once or slots_on(on.hardware)
+    jobs = _jobs(spec, on.facts, share_hardware(on.hardware, slots), folder, quick=quick)
     for job in jobs:
         _claim(job)
     left = [job for job in jobs if not job.scores.is_file()]
     before = f"{len(jobs) - len(left)} finished before"
     tell(f"{counted(len(jobs), 'run')} of {counted(len(spec.changes), 'change')}, {before}; {slots} at once")
-    failed = _run_all(left, _devices(hardware, slots), data, judge, cache, tell)
+    failed = _run_all(left, _devices(on.hardware, slots), on, tell)
     done = [_finished(job) for job in jobs if job.scores.is_file()]
     ranking = rank(spec, done, failed)
     save(ranking, folder / "ranking.json")
     if ranking.best:
         settings = _settings(spec.base, *(c.set for c in spec.changes if c.name in ranking.best))
-        save(make_plan("best_plan", facts, hardware, settings), folder / "best_plan.json")
+        save(make_plan("best_plan", on.facts, on.hardware, settings), folder / "best_plan.json")
     return ranking
 
 
@@ -167,9 +173,7 @@ def _decisions(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in tree.items() if name not in ("hardware", "reasons", "predicted_step_s")}
 
 
-def _run_all(
-    jobs: Sequence[Job], devices: list[str], data: Path, judge: Path | None, cache: Path | None, tell: Tell
-) -> dict[str, str]:
+def _run_all(jobs: Sequence[Job], devices: list[str], on: Ground, tell: Tell) -> dict[str, str]:
     """Run the jobs, as many at once as there are devices; return those that failed, with their last line."""
     free: queue.Queue[str] = queue.Queue()
     for device in devices:
@@ -180,7 +184,7 @@ def _run_all(
     def work(job: Job) -> None:
         device = free.get()
         try:
-            for command in _commands(job, device, data, judge, cache):
+            for command in _commands(job, device, on):
                 code, last = _call(command, running)
                 if code:
                     failed[job.name] = last
@@ -205,12 +209,12 @@ def _run_all(
     return failed
 
 
-def _commands(job: Job, device: str, data: Path, judge: Path | None, cache: Path | None) -> Iterator[list[str]]:
+def _commands(job: Job, device: str, on: Ground) -> Iterator[list[str]]:
     program = [sys.executable, "-m", "autoseg.cli"]
-    rest = ["--device", device, "--quiet", *(["--cache", str(cache)] if cache else [])]
+    rest = ["--device", device, "--quiet", *(["--cache", str(on.cache)] if on.cache else [])]
     plan = str(job.folder / "plans" / f"{job.name}.json")
-    yield [*program, "train", "--plan", plan, "--data", str(data), "--run", str(job.run), *rest]
-    judged = ["--data", str(judge or data), "--out", str(job.scores)]
+    yield [*program, "train", "--plan", plan, "--data", str(on.data), "--run", str(job.run), *rest]
+    judged = ["--data", str(on.judge or on.data), "--out", str(job.scores)]
     yield [*program, "evaluate", "--run", str(job.run), *judged, *rest]
 
 

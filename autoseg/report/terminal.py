@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from autoseg.errors import counted
-from autoseg.metrics.overlap import mean
+from autoseg.metrics.overlap import NOTHING, Counts, mean, ratios
+from autoseg.metrics.verdicts import band, class_verdict, spread
 from autoseg.schema import (
     Observer,
     Outcome,
@@ -160,19 +161,44 @@ def short_value(value: Any) -> str:
 
 
 def score_table(scores: Scores, beside: Mapping[str, float | None] | None = None, title: str = "scores") -> Table:
-    """Return Dice, IoU, precision, recall and true voxels by class; `beside` adds a column to compare with."""
+    """Return the classes, best Dice first, with what their counts say in words; `beside` adds a column to compare with.
+
+    Where several crops were scored Dice has its sd over them. The last row has the mean over classes, and precision and
+    recall of all voxels together.
+    """
     table = Table(title=title, title_justify="left")
-    table.add_column("class")
+    table.add_column("class", overflow="fold")
     for name in ("Dice", "IoU", "precision", "recall", "true voxels", *(("grey value",) if beside else ())):
         table.add_column(name, justify="right")
-    for name, score in scores.per_class.items():
-        truth = sum(row.tp + row.fn for row in scores.rows if row.class_ == name)
-        cells = [number(score.dice), number(score.iou), number(score.precision), number(score.recall), f"{truth:,}"]
-        table.add_row(name, *cells, *((number(beside.get(name)),) if beside else ()))
+    by_class = {name: [Counts(r.tp, r.fp, r.fn) for r in scores.rows if r.class_ == name] for name in scores.per_class}
+    said = {name: in_words(sum(crops, NOTHING), scores.per_class[name].dice) for name, crops in by_class.items()}
+    if any(said.values()):
+        table.add_column("", overflow="fold")
+    for name in sorted(scores.per_class, key=lambda name: -(scores.per_class[name].dice or 0.0)):
+        score, crops = scores.per_class[name], by_class[name]
+        total = sum(crops, NOTHING)
+        dice = number(score.dice) + (f" ± {sd:.3f}" if (sd := spread(crops)) is not None else "")
+        cells = [dice, number(score.iou), number(score.precision), number(score.recall), f"{total.tp + total.fn:,}"]
+        table.add_row(
+            name,
+            *cells,
+            *((number(beside.get(name)),) if beside else ()),
+            *((said[name],) if any(said.values()) else ()),
+        )
+    everything = ratios(sum((counts for crops in by_class.values() for counts in crops), NOTHING))
     table.add_section()
     extra = (number(mean(list(beside.values()))),) if beside else ()
-    table.add_row("mean", number(scores.mean_dice), number(scores.mean_iou), "", "", "", *extra, style="bold")
+    overall = (number(everything.precision), number(everything.recall))
+    table.add_row("mean", number(scores.mean_dice), number(scores.mean_iou), *overall, "", *extra, style="bold")
+    table.caption, table.caption_justify = "last row: mean over classes; precision and recall of all voxels", "left"
     return table
+
+
+def in_words(counts: Counts, dice: float | None) -> str:
+    """Return the band and the verdict of a class, and which field of the plan acts on it."""
+    said = class_verdict(counts)
+    words = " ".join(word for word in (band(dice) if said.words != "absent" else "", said.words) if word)
+    return f"{words} ({said.remedy})" if said.remedy else words
 
 
 def change_table(new: Scores, old: Scores, title: str) -> Table:
