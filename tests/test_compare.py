@@ -18,7 +18,7 @@ from autoseg.metrics.noise import bootstrap_mean_dice, least_difference, mean_di
 from autoseg.metrics.overlap import Counts
 from autoseg.plan import fingerprint, make_plan
 from autoseg.recipes import compare as recipe
-from autoseg.recipes.compare import check_spec, compare, read_spec, slots_on
+from autoseg.recipes.compare import Ground, check_spec, compare, read_spec, slots_on
 from autoseg.recipes.ranking import Finished, rank
 from autoseg.report.comparison import in_words, ranking_csv, write_comparison
 from autoseg.schema import Change, ClassScore, CompareSpec, Plan, Ranking, ScoreRow, Scores, load_as
@@ -193,7 +193,7 @@ def test_bad_specs_are_refused_with_the_remedy(tmp_path: Path, content: str, mes
 def test_a_change_that_makes_no_plan_is_named_before_anything_runs(tmp_path: Path) -> None:
     spec = spec_of(base={}, odd={"loss.kind": "dise"})
     with pytest.raises(PlanError, match="dise"):
-        compare(spec, tmp_path / "none", tmp_path / "out", facts(), machine())
+        compare(spec, Ground(tmp_path / "none", facts(), machine()), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -217,8 +217,8 @@ def test_a_comparison_runs_ranks_reports_and_goes_on_where_it_was(small_data: Pa
         base=base, seeds=(0,), changes=(Change(name="base"), Change(name="smooth", set={"loss.smooth": 10}))
     )
     out, cache, told = tmp_path / "out", tmp_path / "cache", list[str]()
-    found = fingerprint(small_data, cache)
-    first = compare(spec, small_data, out, found, machine(threads=2), cache=cache, tell=told.append)
+    on = Ground(small_data, fingerprint(small_data, cache), machine(threads=2), cache=cache)
+    first = compare(spec, on, out, tell=told.append)
     assert not first.failed
     assert {row.name for row in first.rows} == {"base", "smooth"}
     assert all(row.seeds == (0,) for row in first.rows)
@@ -227,7 +227,7 @@ def test_a_comparison_runs_ranks_reports_and_goes_on_where_it_was(small_data: Pa
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("weights.safetensors")}
     assert len(stamps) >= 2
     (out / "scores" / "smooth-0.json").unlink()
-    again = compare(spec, small_data, out, found, machine(threads=2), cache=cache, tell=told.append)
+    again = compare(spec, on, out, tell=told.append)
     assert again == first
     assert {path: path.stat().st_mtime_ns for path in out.rglob("weights.safetensors")} == stamps, "nothing trained"
     assert any("1 finished before" in line for line in told)
@@ -238,7 +238,7 @@ def test_a_comparison_runs_ranks_reports_and_goes_on_where_it_was(small_data: Pa
     assert (out / "ranking.csv").read_text().startswith("change,")
     other = msgspec.structs.replace(spec, base=base | {"optimizer.num_steps": 3})
     with pytest.raises(PlanError, match="holds another plan of base-0"):
-        compare(other, small_data, out, found, machine(threads=2), cache=cache)
+        compare(other, on, out)
 
 
 def test_a_run_that_fails_is_reported_and_the_others_still_rank(small_data: Path, tmp_path: Path) -> None:
@@ -246,7 +246,8 @@ def test_a_run_that_fails_is_reported_and_the_others_still_rank(small_data: Path
     lost = Change(name="lost", set={"init": str(tmp_path / "nowhere.safetensors")})
     spec = CompareSpec(base=base, seeds=(0,), changes=(Change(name="base"), lost))
     cache = tmp_path / "cache"
-    found = compare(spec, small_data, tmp_path / "out", fingerprint(small_data, cache), machine(threads=1), cache=cache)
+    on = Ground(small_data, fingerprint(small_data, cache), machine(threads=1), cache=cache)
+    found = compare(spec, on, tmp_path / "out")
     assert [row.name for row in found.rows] == ["base"]
     assert list(found.failed) == ["lost-0"]
     assert "does not exist" in found.failed["lost-0"]

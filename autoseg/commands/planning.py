@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,12 @@ def run_plan(options: argparse.Namespace) -> int:
     evidence = read_evidence(options.scores) if options.scores else None
     wanted = _by_resolution(facts, hardware, out, settings) if options.by_resolution else {out: (settings, "")}
     make = functools.partial(plan_here, runs_on_one=runs_on_one(machine, options.side_by_side)) if local else make_plan
+    if local and (busy := load_of_others(machine)):
+        console.print(f"warning: {busy}: the time of a step, and what rests on it, is a guess")
     plans = {path: make(path.stem, facts, hardware, of_path, evidence) for path, (of_path, _) in wanted.items()}
     for path, plan in plans.items():
+        if other := _other_data(path, plan):
+            console.print(f"note: {path} was a plan for other data ({other}), and is replaced; --out keeps several")
         save(plan, path)
         results.print(terminal.plan_table(plan))
         results.print(wanted[path][1] or terminal.plan_summary(plan), style="bold")
@@ -131,10 +136,30 @@ def run_plan(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _other_data(path: Path, plan: Plan) -> str | None:
+    """Return the EM volumes of the plan that is at that path, if it was made for other data."""
+    try:
+        before = load_as(path, Plan)
+    except PlanError:
+        return None
+    if before.fingerprint_sha256 == plan.fingerprint_sha256:
+        return None
+    return ", ".join(volume.name for volume in before.normalization.volumes) or before.fingerprint_sha256[:SHORT_HASH]
+
+
+def load_of_others(hardware: Hardware) -> str | None:
+    """Return in words that other processes keep the machine busy, None where they do not."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    threads = os.cpu_count() or hardware.cpu_threads
+    return f"other processes are busy here (load {load:.1f} on {threads} threads)" if load > threads else None
+
+
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the user decided, by dotted field."""
     settings = parse_settings(options.set)
     if options.budget:
+        if "budget_s" in settings:
+            raise PlanError("--budget", "and --set budget_s are both given", "leave out one of them")
         settings["budget_s"] = to_seconds(options.budget)
     if options.classes:
         settings["classes.names"] = [name.strip() for name in options.classes.split(",") if name.strip()]
@@ -161,7 +186,7 @@ def _by_resolution(
 
 
 def _plan_difference(options: argparse.Namespace, results: Console) -> int:
-    a, b = (load_as(path, Plan) for path in options.diff)
+    a, b = (load_as(own_or_shipped(path, "plans"), Plan) for path in options.diff)
     rows = [row for row in difference(a, b) if row[0] != "reasons"]
     results.print(_difference_table(rows, (a, b), [str(path) for path in options.diff]))
     print_json(options, {field: [x, y] for field, x, y in rows})

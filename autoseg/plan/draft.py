@@ -28,6 +28,12 @@ DERIVED = (
 )
 
 
+FOLLOWS = {
+    "dimensions": "set input_slices=1 (2D) or more (2.5D), or a patch_size_zyx of several sections (3D)",
+    "resolution": "set split.voxel_edge_nm=FROM,TO",
+}
+
+
 class Choice(NamedTuple):
     """A decision: the value, why this one, and where the rule comes from.
 
@@ -106,9 +112,17 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         parent, _, key = field.rpartition(".")
         keyed = get_origin(fields.get(parent)) is dict
         if field not in fields and not keyed:
+            if field in FOLLOWS:
+                raise PlanError(f"--set {field}", "follows from other fields", FOLLOWS[field])
             inside = sorted(name for name in fields if name.startswith(f"{field}."))
             near = nearest(field, sorted(fields))
-            hint = f"set one of {', '.join(inside)}" if inside else f"did you mean {near}?" if near else "see plan.json"
+            hint = (
+                f"set one of {', '.join(inside)}"
+                if inside
+                else f"did you mean {near}?"
+                if near
+                else "autoseg plan prints every field"
+            )
             raise PlanError(f"--set {field}", "is not a field of the plan", hint)
         value_type = get_args(fields[parent])[1] if keyed else fields[field]
         try:

@@ -36,6 +36,7 @@ from autoseg.schema import (
 )
 
 Rule = Callable[[Draft], Choice]
+MOST_ON_FEW_THREADS = 4  # processes; gloo runs them in turns
 LENGTH = {"budget_s", "optimizer.num_steps"}
 
 _LOSS_FIELDS = [name for name in Loss.__struct_fields__ if name != "kind"]
@@ -175,6 +176,10 @@ def _check_settings(settings: Mapping[str, Any], hardware: Hardware) -> None:
     if settings.get("device", "cuda" if there else "cpu") == "cuda" and wanted > there:
         what = f"{wanted}, and {hardware.name} has {counted(there, 'GPU')}: one process needs one"
         raise PlanError("num_processes", what, f"use at most {there}, or --set device=cpu")
+    most = max(MOST_ON_FEW_THREADS, hardware.cpu_threads)
+    if wanted > most:
+        what = f"{wanted}, and {hardware.name} has {counted(hardware.cpu_threads, 'thread')}"
+        raise PlanError("num_processes", what, f"use at most {most}")
     for field in _POSITIVE:
         if not all(number > 0 for number in numbers(settings.get(field, ()))):
             raise PlanError(field, f"{settings[field]} is not positive", "use at least 1")

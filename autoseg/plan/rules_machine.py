@@ -205,7 +205,7 @@ def choose_memory(draft: Draft) -> Choice:
         fits = max(1, (room - cost.fixed_bytes) // max(1, cost.memory_bytes(1, draft["device"]) - cost.fixed_bytes))
         raise PlanError("batch_size", what, f"--set batch_size={fits}, and accumulate_batches for the rest")
     because = f"{counted(draft['batch_size'], 'patch')} of {cost.patch_bytes / 2**20:.1f} MiB and "
-    because += f"{cost.fixed_bytes / 2**20:.1f} MiB of {cost.num_parameters / 1e6:.1f} M parameters"
+    because += f"{cost.fixed_bytes / 2**20:.1f} MiB beside them ({cost.num_parameters / 1e6:.1f} M parameters, loss)"
     guess = "" if draft["device"] == "cpu" else "; 10 % and 0.6 GiB on top, estimated"
     return Choice(value, because, f"traced under FakeTensorMode{guess}")
 

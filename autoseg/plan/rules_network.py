@@ -7,6 +7,7 @@ from autoseg.geometry import VoxelsZYX
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_machine import GIB, step_cost, usable_bytes
 
+ODD_FROM = 32
 NARROW, WIDE = (18, 36, 48, 64, 80), (32, 64, 128, 256, 320)
 
 
@@ -43,6 +44,10 @@ def choose_kind(draft: Draft) -> Choice:
 def choose_strides(draft: Draft) -> Choice:
     """Return the stride of each level: an axis is halved once it is no coarser than twice the finest one."""
     patch: VoxelsZYX = draft["patch_size_zyx"]
+    for axis, edge in zip("zyx", patch, strict=True):
+        if edge >= ODD_FROM and edge % 8:
+            what = f"{edge} along {axis} cannot be halved three times"
+            raise PlanError("patch_size_zyx", what, f"use {edge // 16 * 16} or {-(-edge // 16) * 16}")
     spacing = list(draft["voxel_size_nm"])
     edges = list(patch)
     strides: list[tuple[int, int, int]] = []

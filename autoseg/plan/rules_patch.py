@@ -39,7 +39,10 @@ def choose_dimensions(draft: Draft) -> Choice:
         because = f"two solid patches of {SOLID_EDGES[-1]}³ do not fit the {room / 2**30:.1f} GiB of {name}"
         return Choice("2.5d", because, "traced, narrow RSUNet")
     if anisotropy >= ANISOTROPY_OF_SECTIONS:
-        because = f"sections are {anisotropy:.1f} times coarser than in plane (at least {ANISOTROPY_OF_SECTIONS:g})"
+        because = (
+            f"{depth} sections, {anisotropy:.1f} times coarser than in plane (from {ANISOTROPY_OF_SECTIONS:g} on the "
+        )
+        because += "first levels have flat kernels)"
         return Choice("3d" if depth >= 2 * SLICES_2_5D else "2.5d", because, "Lee et al. 2017; nnU-Net's threshold")
     because = (
         f"near-isotropic voxels ({anisotropy:.1f}), and patches up to {edge}³ fit {room / 2**30:.1f} GiB of {name}"
@@ -69,7 +72,9 @@ def choose_patch_size(draft: Draft) -> Choice:
         z, y, x = draft["voxel_size_nm"]
         anisotropy = z / min(y, x)
         limit, why = _solid_edge(draft)
-        longest = limit * (2 if anisotropy >= ANISOTROPY_OF_SECTIONS else 1)
+        flat = anisotropy >= ANISOTROPY_OF_SECTIONS
+        longest = limit * (2 if flat else 1)
+        why += f", twice that in the plane, where patches are {anisotropy:.0f} times fewer voxels deep" if flat else ""
         candidates = [(_depth(edge, anisotropy, extent[0]), edge, edge) for edge in PATCH_EDGES if edge <= longest]
         why = f"as cubic as voxels of {anisotropy:.1f}:1 and {counted(extent[0], 'section')} allow; {why}"
     mean, patch = _fullest(draft, candidates)

@@ -22,7 +22,7 @@ def choose_sampling_fraction(draft: Draft) -> Choice:
     because = "the other half shows tissue as it is"
     if shares:
         rarest = min(shares, key=lambda name: shares[name].share)
-        because += f"; {rarest} fills only {shares[rarest].share:.2%} of {shares[rarest].of_what}"
+        because += f"; {rarest} fills {shares[rarest].share:.2%} of {shares[rarest].of_what}"
     return Choice(0.5, because, "unmeasured; nnU-Net draws a third")
 
 

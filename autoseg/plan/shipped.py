@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from autoseg.errors import PlanError
-from autoseg.schema import Hardware, Plan, load, nearest
+from autoseg.schema import Hardware, Plan, check_hardware, load, nearest
 
 DISTRIBUTION = "autoseg-em"
 Kind = Literal["plans", "hardware", "fingerprints", "compare"]
@@ -47,10 +47,10 @@ def own_or_shipped(path: Path, kind: Kind) -> Path:
 def read_hardware(name: str) -> Hardware:
     """Return the machine at that path (its record, or a plan for it), or the shipped one of that name."""
     found = load(_hardware_file(name))
-    if isinstance(found, Plan):
-        return found.hardware
+    found = found.hardware if isinstance(found, Plan) else found
     if not isinstance(found, Hardware):
         raise PlanError(f"--hardware {name}", "is neither a machine nor a plan for one", "pass another file")
+    check_hardware(found, f"--hardware {name}")
     return found
 
 

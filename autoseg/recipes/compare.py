@@ -58,7 +58,7 @@ class Job(NamedTuple):
 
 
 class Ground(NamedTuple):
-    """What all runs of a comparison share: DATA with its facts, the machine, what is scored on (None: DATA), the cache."""
+    """What all runs of a comparison share; without `judge` they are scored on what validates in `data`."""
 
     data: Path
     facts: Fingerprint

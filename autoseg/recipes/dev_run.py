@@ -24,6 +24,8 @@ def dev_run(plan: Plan, data: Path, *, device: str, cache: Path) -> Iterator[str
         run = Path(folder) / "run"
         start = time.perf_counter()
         outcome = train_on(once, data, run, device=device, cache=cache)
+        if outcome.stopped_by:
+            raise KeyboardInterrupt
         yield f"step, validation and checkpoint work ({time.perf_counter() - start:.1f} s)"
         start = time.perf_counter()
         trained = open_run(run, "last", device)

@@ -98,7 +98,9 @@ def _check_classes(plan: Plan, facts: Fingerprint, data: Path) -> None:
     known = {entry.name for entry in facts.classes}
     missing = [name for name in plan.class_names if name not in known]
     if missing:
-        raise PlanError(data, f"does not annotate {missing[0]}, a class of {plan.name}", "plan anew for this data")
+        number = f"{len(missing)} of the {len(plan.class_names)} classes of {plan.name}"
+        what = f"does not annotate {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} ({number})"
+        raise PlanError(data, what, f"plan for this data: autoseg plan {data} --hardware {plan.hardware.name}")
 
 
 def _tell_measured(plan: Plan, facts: Fingerprint, data: Path, cache: Path, warn: Warn) -> None:

@@ -28,7 +28,7 @@ def fingerprint_tables(facts: Fingerprint) -> list[Table]:
 def class_table(facts: Fingerprint) -> Table:
     """Return classes by known and positive voxels, crops that hold and that annotate it, thickness and instances."""
     held = f"{counted(len(facts.crops), 'crop')} in {counted(len(facts.volumes), 'volume')}"
-    title = f"{held}; instances: whole + cut by the sampled boxes"
+    title = f"{held}; thickness and instances (whole + cut) in boxes of up to two crops, ~ in the plane, p10–p90"
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for name in ("class", "known", "positive", "share", "crops", "thickness nm", "instances"):
         is_name = name == "class"  # alone may be folded: a number in two lines is none

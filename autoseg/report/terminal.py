@@ -109,7 +109,7 @@ def plan_summary(plan: Plan) -> str:
         )
     return (
         f"{counted(len(plan.classes), 'class')} at {size} nm; {kind} on {counted(patches, 'patch')} of {patch} a step, "
-        f"{plan.precision} on the {plan.device.upper()}; {course}; {split}; "
+        f"{plan.precision} on the {'CPU' if plan.device == 'cpu' else 'GPU'}; {course}; {split}; "
         f"{plan.predicted_ram_bytes / 2**30:.1f} GiB of RAM"
     )
 
@@ -129,6 +129,8 @@ def field_value(plan: Plan, field: str) -> Any:
 
 def field_text(field: str, value: Any) -> str:
     """Return the value of that field in few characters; what has an axis each is one word, as 1x2x2."""
+    if field == "resolution" and isinstance(value, tuple):
+        return f"{value[0]:.3g} to {value[1]:.3g} nm"
     if isinstance(value, tuple) and field.endswith(("_zyx", "voxel_size_nm")):
         parts = [item if isinstance(item, tuple) else (item,) for item in value]
         return ("x" if len(parts[0]) == 1 else " ").join("x".join(f"{n:.4g}" for n in part) for part in parts)
@@ -155,7 +157,7 @@ def short_value(value: Any) -> str:
     if hasattr(value, "train"):
         return f"{len(value.train)} train, {len(value.validate)} validate"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:g}" if value == int(value) and value < 1e7 else f"{value:.4g}"
     is_bytes = isinstance(value, int) and value >= 2**20
     return f"{value / 2**30:.2f} GiB" if is_bytes else MISSING if value is None else str(value)
 

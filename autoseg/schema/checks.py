@@ -38,7 +38,13 @@ def check_hardware(hardware: Hardware, where: object) -> None:
     values += [(f"step_gflops.{name}", speed, 1e-9) for name, speed in (hardware.step_gflops or {}).items()]
     for field, value, lowest in values:
         if value is not None and value < lowest:
-            remedy = f"give bytes: 11 GiB are {11 * GIB}" if field.endswith("_bytes") else f"use at least {lowest:g}"
+            remedy = f"use at least {lowest:g}"
+            if field.endswith("_bytes"):
+                remedy = (
+                    f"give bytes: 11 GiB are {11 * GIB}"
+                    if value < 2**20
+                    else f"less than {lowest / GIB:g} GiB is too little"
+                )
             raise PlanError(where, f"{field}: {value}", remedy)
 
 

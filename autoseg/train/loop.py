@@ -49,6 +49,7 @@ from autoseg.train.validation import Abandoned, Validator
 
 CHECKPOINT_EVERY_S = 300.0
 MAX_SKIPPED_IN_A_ROW = 20
+OVERRUN = 1.25
 
 
 class Job(NamedTuple):
@@ -135,6 +136,7 @@ class _Session:
             observer.warned(f"no voxel to train on shows {', '.join(self.source.untaught)}: such classes learn nothing")
         observer.started(self.plan, self.length.num_steps, self.header.step)
         skipped = 0
+        began, self._from = time.monotonic(), self.header.step
         batches = self.source.batches(self.header.step, self.length.num_steps)
         try:
             for step in range(self.header.step, self.length.num_steps):
@@ -164,11 +166,24 @@ class _Session:
                     self._save(journal, best=due and self.header.best_step == step + 1)
                 if stop:
                     return self._outcome(stop)
+                self._warn_late(step + 1, time.monotonic() - began, observer)
         except Abandoned as abandoned:
             return self._outcome(str(abandoned))
         finally:
             journal.close()
         return self._outcome(None)
+
+    def _warn_late(self, step: int, elapsed_s: float, observer: Observer) -> None:
+        """Say, once, after a tenth of the steps of this process, that they will take far longer than the budget."""
+        budget, steps = self.plan.budget_s, self.length.num_steps - self._from
+        if self.plan.optimizer.num_steps is not None or not budget or step - self._from != max(1, steps // 10):
+            return
+        whole = elapsed_s / (step - self._from) * steps
+        if whole > OVERRUN * budget:
+            remedy = "free the machine, or stop it and plan another --run"
+            observer.warned(
+                f"at this pace the run takes {whole:.0f} s, its budget is {budget:g} s (a busy machine?): {remedy}"
+            )
 
     def _outcome(self, stopped_by: str | None) -> Outcome:
         h = self.header
