@@ -73,7 +73,9 @@ def choose_batch_size(draft: Draft) -> Choice:
         patch = list(draft["patch_size_zyx"])
         what = f"one patch of {patch} needs {need / GIB:.1f} GiB of {room / GIB:.1f} GiB of {name}"
         raise PlanError("batch_size", what, _nearest_that_fits(draft, room))
-    because = f"{need / GIB:.2f} GiB of the {room / GIB:.1f} GiB of {name} that may be used"
+    because = (
+        f"{counted(batch, 'patch', 'take')} {need / GIB:.2f} GiB of the {room / GIB:.1f} GiB of {name} that may be used"
+    )
     return Choice(batch, because + ("" if batch < wanted else f"; {most}"), "traced step")
 
 

@@ -53,14 +53,16 @@ def choose_split(draft: Draft) -> Choice:
     numbers += f"share {leaks.voxels:,} voxels with what trains: those never teach" if leaks.regions else "leak"
     by_user = asked or folds is not None or "split.voxel_edge_nm" in draft.settings
     source = "user" if by_user else "split rule"
-    return Choice(split, f"{because}; {numbers}{_named(split)}{_one_sided(split, crops)}", source)
+    return Choice(split, f"{because}; {numbers}{_named(split, crops)}{_one_sided(split, crops)}", source)
 
 
-def _named(split: Split) -> str:
-    """Name the first regions that validate."""
+def _named(split: Split, crops: list[SplitCrop]) -> str:
+    """Count the voxels that train, and name the first regions that validate."""
+    shapes = {crop.name: crop.shape_zyx for crop in crops}
+    taught = sum(region.box(shapes[region.crop]).num_voxels for region in split.train)
     named = [region.crop + ("" if region.box_zyx is None else _box_text(region)) for region in split.validate]
     more = f" and {len(named) - NAMED_REGIONS} more" if len(named) > NAMED_REGIONS else ""
-    return f"; validates {', '.join(named[:NAMED_REGIONS])}{more}" if named else ""
+    return f"; {taught:,} voxels train" + (f"; validates {', '.join(named[:NAMED_REGIONS])}{more}" if named else "")
 
 
 def _box_text(region: Region) -> str:
