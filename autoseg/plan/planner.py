@@ -87,6 +87,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("normalization.volumes", data.choose_volume_greys),
     ("sampling.class_centred_fraction", sampling.choose_sampling_fraction),
     ("class_weighting", loss.choose_class_weighting),
+    ("class_balance_beta", loss.choose_class_balance_beta),
     ("class_weights", loss.choose_class_weights),
     ("sampling.class_floor", sampling.choose_class_floor),
     ("sampling.class_power", sampling.choose_class_power),

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_data import share_of
-from autoseg.plan.weighting import STRATEGIES, Occurrence, saturated
+from autoseg.plan.weighting import BETA_INSTANCES, Occurrence, saturated, weights_by
 from autoseg.schema import Fingerprint
 
 BALANCED, VERY_RARE = 0.2, 0.001
@@ -92,11 +92,16 @@ def choose_class_weighting(draft: Draft) -> Choice:
     return Choice("sqrt_inverse_median", "no patch is centred on a class, so nothing else evens them out", source)
 
 
+def choose_class_balance_beta(_: Draft) -> Choice:
+    """Return beta of the effective numbers of instances, which class_weighting=class_balanced uses."""
+    return Choice(BETA_INSTANCES, "used by class_weighting=class_balanced", "Cui et al. 2019")
+
+
 def choose_class_weights(draft: Draft) -> Choice:
     """Return one weight for every class; only their ratios matter, since the loss is divided by their sum."""
     strategy = draft["class_weighting"]
     found = occurrences_of(draft.fingerprint, [entry.name for entry in draft["classes"]], draft.dice)
-    weights = STRATEGIES[strategy](found)
+    weights = weights_by(strategy, found, draft["class_balance_beta"])
     least, most = (pick(found, key=lambda name: found[name].share) for pick in (min, max))
     because = f"{strategy}: {_percent(found[least].share)} of {least} to {_percent(found[most].share)} of {most}"
     if strategy.startswith("effective") and saturated(found):

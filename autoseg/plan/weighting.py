@@ -133,6 +133,11 @@ STRATEGIES: dict[str, Callable[[Occurrences], Weights]] = {
 }
 
 
+def weights_by(strategy: str, found: Occurrences, beta: float = BETA_INSTANCES) -> Weights:
+    """Return the weights of a strategy by name; beta is that of `class_balanced`."""
+    return class_balanced(found, beta) if strategy == "class_balanced" else STRATEGIES[strategy](found)
+
+
 def effective_number(n: int, beta: float) -> float:
     """Return (1 - beta^n) / (1 - beta), 1 at n = 0 or 1."""
     return 1.0 if n < 1 else -math.expm1(n * math.log(beta)) / (1 - beta)

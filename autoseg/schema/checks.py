@@ -109,6 +109,8 @@ def _classes(plan: Plan) -> Iterator[tuple[str, str, str]]:
             yield field, f"{odd} is in only one of {field} and classes", "give one value for each class"
     if len(names) != len(plan.classes) or not names:
         yield "classes", f"{len(plan.classes)} entries, {len(names)} names", "list each class once, and at least one"
+    if not 0 <= plan.class_balance_beta < 1:
+        yield "class_balance_beta", f"{plan.class_balance_beta}", "use 0 to below 1, such as 0.999"
     if any(w < 0 for w in plan.class_weights.values()) or not any(plan.class_weights.values()):
         yield "class_weights", "no positive weight, or a negative one", "weights are 0 or positive"
     in_heads = tuple(name for head in plan.heads for name in head.classes)

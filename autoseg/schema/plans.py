@@ -261,6 +261,7 @@ class Plan(Artifact, frozen=True, kw_only=True, tag="plan"):
     heads: tuple[Head, ...]
     loss: Loss
     class_weighting: Weighting = "uniform"
+    class_balance_beta: float = 0.9999
     class_weights: dict[str, float]
     sampling: Sampling
     normalization: Normalization
