@@ -33,7 +33,8 @@ The house, floors from top to bottom; a module imports only from floors below, t
     │                      decisions.py sections.py panels.py figures.py html.py style.py palette.py png.py
     │
     ├── model/             THE MACHINE
-    │                      networks.py · sums.py losses.py · windows.py (inference) · memory.py (traced) · checkpoint.py
+    │                      networks.py · windows.py (inference) · memory.py (traced) · checkpoint.py
+    │                      losses.py: targets.py voxels.py sums.py · groups.py softmax.py (exclusive classes)
     ├── metrics/           COUNTING
     │                      overlap.py (numpy in, counts out; no torch) · noise.py · verdicts.py
     ├── data/              WHAT THERE IS

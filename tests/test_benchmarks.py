@@ -180,3 +180,30 @@ def test_the_memory_benchmark_watches_a_worker(
     assert found["points"][-1][0] == 32
     assert found["import_torch"]["rss"] > 2**25
     assert all(rss >= uss > 0 for _, rss, uss, _ in found["points"])
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_loss_benchmark_compares_three_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import losses
+
+    monkeypatch.setattr(losses, "stay_on_one_core", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--edge", "8", "--repeats", "2", "--out", str(tmp_path / "l.json")])
+    losses.main()
+    assert "| dice_bce | 2D (2, 1, 8, 8) | 48 |" in capsys.readouterr().out
+    results = json.loads((tmp_path / "l.json").read_text())["results"]
+    assert len(results) == 8
+    for result in results:
+        assert len(result["rounds"]["autoseg"]) == 2
+        assert all(peak > 1 for peak in result["peak"].values()), "a gradient at least"
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_plain_loss_of_the_benchmark_is_ours() -> None:
+    import losses
+
+    for kind in ("dice_bce", "focal_dice"):
+        found = losses.sides(kind, 5, (2, 1, 16, 16))
+        ours, plain = (found[side][2]().detach() for side in ("autoseg", "plain"))
+        assert float(ours) == pytest.approx(float(plain), rel=1e-4)

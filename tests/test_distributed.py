@@ -28,7 +28,8 @@ from autoseg.data.classes import UNKNOWN
 from autoseg.data.dataset import open_dataset
 from autoseg.errors import DataError, PlanError
 from autoseg.model import windows
-from autoseg.model.losses import CodeTable, CodeTargets, supervised_loss
+from autoseg.model.groups import Groups
+from autoseg.model.losses import CodeTable, CodeTargets, outputs_of, supervised_loss
 from autoseg.model.sums import Sums
 from autoseg.schema import Observer, Plan, StepResult, check_plan, read_json_lines, save
 from autoseg.train import batches, launch, train, validation
@@ -95,6 +96,18 @@ def test_two_processes_take_the_steps_of_one(
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_have_seen_the_voxels_of_both(place: tuple[Path, Path], tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        plan = plan_for(place, processes, loss__kind="seesaw", optimizer__num_steps=4)
+        plan = msgspec.structs.replace(plan, disjoint=(("a", "b", "c"),))
+        train(plan, place[0], tmp_path / str(processes), cache=place[1])
+        found.append((everything(tmp_path / str(processes))["loss.counts"], logged(tmp_path / str(processes))))
+    assert len(found[0][0]) == 4, "three classes that exclude each other, and a background"
+    assert torch.equal(found[0][0], found[1][0])
+    assert [line["loss"] for line in found[1][1]] == pytest.approx([line["loss"] for line in found[0][1]], rel=1e-5)
 
 
 def test_a_resumed_run_of_two_processes_equals_the_straight_one_bit_for_bit(
@@ -188,10 +201,15 @@ def test_partial_gradients_of_pooled_sums_add_up_to_the_gradient_of_the_union(ki
     codes[2:] += 3
     states = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 2, 2], [0, 1, 0], [1, 0, 1], [2, 0, 1]], dtype=torch.uint8)
     table, weights, loss = CodeTable(states), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64), loss_of(kind)
+    counts = []
 
     def gradient(part: slice, pool: Any) -> tuple[Tensor, list[Tensor]]:
         own = [out[part].clone().requires_grad_() for out in logits]
-        value = supervised_loss(own, CodeTargets(codes[part], table), loss, weights, pool)
+        outputs = outputs_of(loss, Groups(((0, 1), (2,))), [0.3, 0.1, 0.2])
+        if outputs.counts is not None:
+            outputs.counts.copy_(torch.tensor([50.0, 2.0, 7.0, 90.0, 100.0]))
+            counts.append(outputs.counts)
+        value = supervised_loss(own, CodeTargets(codes[part], table), loss, weights, pool, outputs)
         value.backward()
         return value.detach(), [out.grad for out in own if out.grad is not None]
 
@@ -206,6 +224,7 @@ def test_partial_gradients_of_pooled_sums_add_up_to_the_gradient_of_the_union(ki
     whole, expected = gradient(slice(0, 4), ALONE.pool)
     parts = [gradient(part, pooled(1 - half)) for half, part in enumerate((slice(0, 2), slice(2, 4)))]
     assert torch.equal(parts[0][0], parts[1][0])
+    assert all(torch.equal(found, counts[-1]) for found in counts[-3:]), "each has seen the voxels of both"
     torch.testing.assert_close(parts[0][0], whole, rtol=1e-12, atol=0)
     for level, gradients in enumerate(expected):
         found = torch.cat([part[1][level] for part in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,26 +10,39 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+from monai.losses import AsymmetricUnifiedFocalLoss, DiceLoss, FocalLoss, TverskyLoss
 from test_planner import tiny_facts_plan
 from torch import Tensor
 
 from autoseg.data.classes import ABSENT, PRESENT, UNKNOWN
 from autoseg.model import losses
-from autoseg.model.losses import CodeTable, CodeTargets, MaskTargets, build_loss
-from autoseg.plan.rules_loss import LOSS_TERMS
+from autoseg.model.groups import Groups
+from autoseg.model.losses import CodeTable, CodeTargets, MaskTargets, Outputs, build_loss, outputs_of
+from autoseg.plan.rules_loss import LOSS_TERMS, loss_values
 from autoseg.schema import Loss
 
-KINDS = sorted(LOSS_TERMS)
+SOFTMAX = ("bce", "weighted_ce", "focal", "dice", "dice_bce", "focal_dice", "tversky")
+BY_SAMPLE = ("dice", "focal_dice", "tversky", "focal_tversky", "unified_focal")
+# every kind, and other forms of some: a softmax in groups of one class is a sigmoid, so the same must hold
+KINDS = [*sorted(LOSS_TERMS), *(f"{kind}/softmax" for kind in SOFTMAX), *(f"{kind}/sample" for kind in BY_SAMPLE)]
+WRITTEN = [
+    kind for kind in KINDS if kind.split("/")[0] not in ("dice_topk", "unified_focal", "balanced_softmax", "seesaw")
+]
+TRUE_GRADIENT = [kind for kind in KINDS if kind != "seesaw"]  # its ratio of probabilities counts as constant
 SHAPE = (2, 3, 2, 6, 6)
 EVEN = torch.ones(3)
 
 
 def loss_of(kind: str = "dice_bce", **changes: Any) -> Loss:
-    """Return a loss as a plan would write it."""
-    terms = {f"{name}_weight": LOSS_TERMS[kind].get(name, 0.0) for name in ("bce", "dice", "focal", "tversky")}
-    rest: dict[str, Any] = {"focal_gamma": 2.0, "tversky_alpha": 0.3, "tversky_beta": 0.7, "smooth": 1.0}
-    return Loss(kind=kind, **(terms | rest | changes))
+    """Return a loss as a plan would write it; after a slash stands another form of the kind."""
+    kind, _, form = kind.partition("/")
+    forms: dict[str, dict[str, Any]] = {"softmax": {"activation": "softmax"}, "sample": {"per_sample": True}, "": {}}
+    return Loss(**(loss_values(kind) | forms[form] | changes))
+
+
+def alone(loss: Loss, num_classes: int = 3) -> Outputs:
+    """Return the outputs of classes that exclude no other."""
+    return outputs_of(loss, Groups(tuple((k,) for k in range(num_classes))), [0.2] * num_classes)
 
 
 def draw(seed: int = 0, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -43,7 +57,8 @@ def mask(seed: int = 1, share: float = 0.7) -> Tensor:
 
 
 def masked_loss(logits: Tensor, target: Tensor, known: Tensor, loss: Loss, class_weights: Tensor) -> Tensor:
-    return losses.masked_loss(logits, MaskTargets(target, known), loss, class_weights)
+    outputs = alone(loss, logits.shape[1])
+    return losses.masked_loss(logits, MaskTargets(target, known), loss, class_weights, outputs=outputs)
 
 
 # ---- conformance: what holds for every kind -----------------------------------------------------------------
@@ -129,7 +144,9 @@ def test_extreme_logits_keep_value_and_gradient_finite(kind: str, size: float, r
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_perfect_answer_costs_nothing_and_a_gradient_step_helps(kind: str) -> None:
     logits, target = draw()
-    assert masked_loss(60 * (2 * target - 1), target, mask(), loss_of(kind), EVEN).abs() < 1e-6
+    rooted = kind.startswith(("focal_tversky", "unified_focal"))
+    perfect = masked_loss(60 * (2 * target - 1), target, mask(), loss_of(kind), EVEN)
+    assert perfect.abs() < (1e-4 if rooted else 1e-6)
     logits.requires_grad_()
     value = masked_loss(logits, target, mask(), loss_of(kind), EVEN)
     (gradient,) = torch.autograd.grad(value, logits)
@@ -137,7 +154,7 @@ def test_a_perfect_answer_costs_nothing_and_a_gradient_step_helps(kind: str) -> 
     assert after < value
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRUE_GRADIENT)
 def test_the_gradient_is_that_of_finite_differences(kind: str) -> None:
     logits, target = draw(3, (1, 2, 1, 2, 3), torch.float64)
     known = torch.ones_like(target)
@@ -237,8 +254,115 @@ def test_where_everything_is_known_it_is_the_loss_of_monai_or_torch(kind: str) -
     torch.testing.assert_close(value, theirs(logits, target), rtol=1e-4, atol=1e-5)
 
 
+def test_unified_focal_is_that_of_monai_on_the_class_and_its_background() -> None:
+    """MONAI's takes overlap by sample, and the probabilities of two channels."""
+    logits, target = draw()
+    for weight, delta, gamma in ((0.5, 0.6, 0.5), (0.3, 0.7, 0.2), (1.0, 0.6, 0.5), (0.0, 0.6, 0.75)):
+        fields = {"unified_lambda": weight, "unified_delta": delta, "unified_gamma": gamma, "smooth": 1e-7}
+        ours = masked_loss(logits, target, torch.ones(SHAPE), loss_of("unified_focal/sample", **fields), EVEN)
+        theirs = AsymmetricUnifiedFocalLoss(weight=weight, delta=delta, gamma=gamma)
+        p = torch.sigmoid(logits)
+        by_class = [
+            theirs(torch.stack([1 - p[:, k], p[:, k]], dim=1), torch.stack([1 - target[:, k], target[:, k]], dim=1))
+            for k in range(3)
+        ]
+        torch.testing.assert_close(ours, torch.stack(by_class).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_focal_alpha_weighs_present_against_absent_and_one_half_halves() -> None:
+    """As written in the paper: alpha (1 - p)^gamma for present voxels, 1 - alpha for absent ones."""
+    logits, target = draw()
+    known = mask()
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    for alpha in (0.25, 0.9):
+        weight = alpha * target + (1 - alpha) * (1 - target)
+        written = (weight * (1 - torch.exp(-bce)) ** 2 * bce * known).sum(dim=(0, 2, 3, 4)) / known.sum(
+            dim=(0, 2, 3, 4)
+        )
+        ours = masked_loss(logits, target, known, loss_of("focal", focal_alpha=alpha), EVEN)
+        torch.testing.assert_close(ours, written.mean())
+    half = masked_loss(logits, target, known, loss_of("focal", focal_alpha=0.5), EVEN)
+    torch.testing.assert_close(2 * half, masked_loss(logits, target, known, loss_of("focal"), EVEN))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_topk_is_the_cross_entropy_of_the_hardest_known_voxels_of_each_sample_and_class(share: float) -> None:
+    logits, target = draw()
+    known = mask()
+    loss = loss_of("dice_topk", dice_weight=0.0, topk_share=share)
+    bce = F.binary_cross_entropy_with_logits(logits.requires_grad_(), target, reduction="none")
+    means = []
+    for k in range(3):
+        hard = []
+        for b in range(2):
+            there = bce[b, k][known[b, k] == 1]
+            hard.append(there.topk(math.ceil(share * len(there) - 1e-6)).values)
+        means.append(torch.cat(hard).mean())
+    ours, written = masked_loss(logits, target, known, loss, EVEN), torch.stack(means).mean()
+    torch.testing.assert_close(ours, written)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (ours, written)))
+    if share == 1:
+        torch.testing.assert_close(ours, masked_loss(logits, target, known, loss_of("bce"), EVEN))
+
+
+def test_voxels_that_are_equally_hard_share_the_places_that_are_left() -> None:
+    logits = torch.zeros(1, 1, 1, 2, 10, requires_grad=True)
+    loss = loss_of("dice_topk", dice_weight=0.0)
+    masked_loss(logits, torch.zeros(1, 1, 1, 2, 10), torch.ones(1, 1, 1, 2, 10), loss, torch.ones(1)).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.full_like(logits, 0.5 / 20))
+
+
+def test_overlap_by_sample_is_the_mean_over_pairs_with_a_known_voxel() -> None:
+    logits, target = draw()
+    known = mask()
+    known[0, 1] = 0
+    pairs = [
+        masked_loss(logits[b : b + 1, k : k + 1], target[b : b + 1, k : k + 1], known[b : b + 1, k : k + 1], loss, w)
+        for loss, w in [(loss_of("dice"), torch.ones(1))]
+        for b, k in ((0, 0), (0, 2), (1, 0), (1, 1), (1, 2))
+    ]
+    torch.testing.assert_close(
+        masked_loss(logits, target, known, loss_of("dice/sample"), EVEN), torch.stack(pairs).mean()
+    )
+    reference = DiceLoss(sigmoid=True, smooth_nr=1.0, smooth_dr=1.0)(logits, target)
+    ours = masked_loss(logits, target, torch.ones(SHAPE), loss_of("dice/sample"), EVEN)
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_weights_that_are_all_larger_change_nothing(kind: str) -> None:
+    logits, target = draw()
+    weights = torch.tensor([1.0, 3.0, 0.5])
+    one, seven = (masked_loss(logits, target, mask(), loss_of(kind), n * weights) for n in (1, 7))
+    torch.testing.assert_close(one, seven)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 60000.0), (torch.bfloat16, 1e4), (torch.bfloat16, 1e30)])
+def test_extreme_logits_of_half_precision_keep_value_and_gradient_finite(
+    kind: str, dtype: torch.dtype, size: float
+) -> None:
+    target = draw()[1]
+    signs = torch.randint(0, 2, SHAPE, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    logits = (size * signs).to(dtype).requires_grad_()
+    value = masked_loss(logits, target, mask(), loss_of(kind), EVEN)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert torch.isfinite(value)
+    assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize(
-    ("kind", "parts"), [("dice_bce", {"dice": 1, "bce": 1}), ("focal_dice", {"focal": 0.5, "dice": 0.5})]
+    ("kind", "parts"),
+    [
+        ("dice_bce", {"dice": 1, "bce": 1}),
+        ("focal_dice", {"focal": 0.5, "dice": 0.5}),
+        ("combo", {"bce": 0.3, "dice": 0.5, "focal": 0.2}),
+        ("per_class_combo", {"bce": 0.4, "dice": 0.6}),
+        ("per_class_tversky", {"tversky": 1}),
+        ("weighted_ce", {"bce": 1}),
+        ("focal_dice/sample", {"focal": 0.5, "dice/sample": 0.5}),
+    ],
 )
 def test_a_compound_is_the_weighted_sum_of_its_parts(kind: str, parts: dict[str, float]) -> None:
     logits, target = draw()
@@ -270,13 +394,14 @@ def test_codes_and_masks_of_the_same_annotation_give_the_same_loss_and_gradient(
     found = []
     for targets in (codes, codes.dense()):
         leaf = logits.clone().requires_grad_()
-        value = losses.masked_loss(leaf, targets, loss_of(kind), torch.tensor([1.0, 2.0, 0.5]))
+        loss = loss_of(kind)
+        value = losses.masked_loss(leaf, targets, loss, torch.tensor([1.0, 2.0, 0.5]), outputs=alone(loss))
         found.append((value.detach(), *torch.autograd.grad(value, leaf)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WRITTEN)
 def test_the_gradient_is_that_of_the_formula_written_out(kind: str) -> None:
     logits, target = draw(4)
     known, loss = mask(), loss_of(kind, focal_gamma=1.5)
@@ -284,15 +409,15 @@ def test_the_gradient_is_that_of_the_formula_written_out(kind: str) -> None:
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
     def sums(x: Tensor) -> Tensor:
-        return (x * known).sum(dim=(0, 2, 3, 4))
+        return (x * known).sum(dim=(2, 3, 4) if loss.per_sample else (0, 2, 3, 4))
 
     tp, fp, fn = sums(p * target), sums(p * (1 - target)), sums((1 - p) * target)
     tversky = (tp + loss.smooth) / (tp + loss.tversky_alpha * fp + loss.tversky_beta * fn + loss.smooth)
     written = (
-        loss.bce_weight * sums(bce) / n
-        + loss.focal_weight * sums((1 - torch.exp(-bce)) ** loss.focal_gamma * bce) / n
+        loss.bce_weight * (bce * known).sum(dim=(0, 2, 3, 4)) / n
+        + loss.focal_weight * ((1 - torch.exp(-bce)) ** loss.focal_gamma * bce * known).sum(dim=(0, 2, 3, 4)) / n
         + loss.dice_weight * (1 - (2 * tp + loss.smooth) / (2 * tp + fp + fn + loss.smooth))
-        + loss.tversky_weight * (1 - tversky)
+        + loss.tversky_weight * (1 - tversky) ** loss.tversky_exponent
     ).mean()
     ours = masked_loss(logits, target, known, loss, EVEN)
     torch.testing.assert_close(ours, written)

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 import torch
 
+from autoseg.model.losses import CodeTable, CodeTargets, masked_loss
 from autoseg.model.memory import PeakBytes, StepCost, trace_step
 from autoseg.plan.hardware import probe_hardware
-from autoseg.plan.rules_loss import LOSS_TERMS
+from autoseg.plan.rules_loss import LOSS_TERMS, loss_values
 from autoseg.recipes.profile import peak_bytes
 from autoseg.schema import ClassEntry, Head, Loss, Network, Plan, load_as
 from autoseg.train.patches import Batch
@@ -26,8 +27,7 @@ QUICK = [("unet", "2d", 14), ("resunet", "2.5d", 1), ("rsunet", "3d", 48)]
 
 
 def loss_of(kind: str = "dice_bce") -> Loss:
-    weights = {f"{name}_weight": LOSS_TERMS[kind].get(name, 0.0) for name in ("bce", "dice", "focal", "tversky")}
-    return Loss(kind=kind, **weights, focal_gamma=2.0, tversky_alpha=0.3, tversky_beta=0.7, smooth=1.0)
+    return Loss(**loss_values(kind))
 
 
 def network_of(kind: str, dimensions: str) -> Network:
@@ -86,6 +86,33 @@ def test_a_step_takes_the_predicted_memory_within_8_percent(kind: str, dimension
 def test_a_step_in_bf16_takes_the_predicted_memory(kind: str, dimensions: str, num_classes: int) -> None:
     predicted, measured = predicted_and_measured(kind, dimensions, num_classes, "bf16")
     assert abs(predicted - measured) <= max(0.08 * measured, 32 * MIB), f"{predicted / MIB:.0f}, {measured / MIB:.0f}"
+
+
+@pytest.mark.parametrize("loss", [f"{kind}{form}" for kind in sorted(LOSS_TERMS) for form in ("", "/sample")])
+def test_every_kind_of_loss_has_a_price_that_grows_with_the_batch(loss: str) -> None:
+    kind, _, form = loss.partition("/")
+    asked = Loss(**(loss_values(kind) | {"per_sample": bool(form)}))
+    cost = trace_step(network_of("unet", "2d"), 1, 3, (1, 64, 64), "fp32", asked)
+    logits = 3 * 64 * 64 * 4
+    assert cost.patch_bytes > 2 * logits
+    assert cost.memory_bytes(4, "cpu") == cost.fixed_bytes + 4 * cost.patch_bytes
+
+
+@pytest.mark.parametrize("kind", ["dice_bce", "focal_dice", "dice_topk"])
+@pytest.mark.parametrize("shape", [(8, 48, 1, 256, 256), (2, 48, 24, 96, 96)], ids=["2d", "3d"])
+def test_a_loss_takes_a_quarter_of_its_logits_beside_their_gradient(kind: str, shape: tuple[int, ...]) -> None:
+    batch, num_classes, *box = shape
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if box[0] == 1:
+        logits = logits.squeeze(2).contiguous(memory_format=torch.channels_last).unsqueeze(2)
+    logits.requires_grad_()
+    codes = torch.randint(0, 9, (batch, *box))
+    targets = CodeTargets(codes, CodeTable(torch.randint(0, 3, (9, num_classes), dtype=torch.uint8)))
+    with PeakBytes() as tracker:
+        tracker.hold([logits, codes])
+        before = tracker.now
+        masked_loss(logits, targets, loss_of(kind), torch.ones(num_classes)).backward()
+    assert logits.nbytes < tracker.peak - before <= 1.25 * logits.nbytes
 
 
 def cost_of(features: tuple[int, ...], kind: str, patch: tuple[int, int, int], precision: str) -> StepCost:

@@ -29,6 +29,7 @@ from autoseg.data.store import ArrayReader, ChunkCache, create_array, open_multi
 from autoseg.errors import CheckpointError, PlanError
 from autoseg.geometry import Box
 from autoseg.model import checkpoint
+from autoseg.model.groups import groups_of
 from autoseg.model.networks import build_network
 from autoseg.plan import fingerprint
 from autoseg.predict import crop_regions, open_run, predict_regions
@@ -150,6 +151,25 @@ def test_one_step_function_takes_a_batch_through_everything(place: tuple[Path, P
     assert all(math.isfinite(r.loss) and r.gradient_norm > 0 and not r.skipped for r in results)
 
 
+@pytest.mark.parametrize("kind", ["dice_topk", "unified_focal", "balanced_softmax", "seesaw", "focal_dice"])
+def test_losses_with_a_softmax_or_several_parts_learn_to_find_classes(tmp_path: Path, kind: str) -> None:
+    data, cache = make_dataset(tmp_path / "data", shape=(2, 64, 64), crops=1), tmp_path / "cache"
+    changes: dict[str, Any] = {
+        "optimizer.num_steps": 60,
+        "optimizer.learning_rate": 0.01,
+        "augmentation.preset": "none",
+        "validation.num_rounds": 1,
+        "loss.kind": kind,
+    } | ({"loss.activation": "softmax"} if kind == "focal_dice" else {})
+    plan = tiny_plan(data, cache, changes)
+    if plan.loss.activation == "softmax":
+        assert len(groups_of(plan.classes, plan.disjoint).members) == 1
+    outcome = train(plan, data, tmp_path / "run", cache=cache)
+    steps = logged(tmp_path / "run")
+    assert sum(s["loss"] for s in steps[-10:]) < 0.9 * sum(s["loss"] for s in steps[:10])
+    assert (outcome.best_mean_dice or 0) > 0.5
+
+
 # ---- it repeats itself --------------------------------------------------------------------------------------
 
 
@@ -199,6 +219,19 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(
     assert lines == logged(run)
     headers = [checkpoint.verify(folder / "checkpoints/last") for folder in (resumed, run)]
     assert msgspec.structs.replace(headers[0], sha256={}) == msgspec.structs.replace(headers[1], sha256={})
+
+
+def test_a_resumed_run_of_seesaw_goes_on_with_the_voxels_it_had_seen(place: tuple[Path, Path], tmp_path: Path) -> None:
+    plan = tiny_plan(*place, {"loss.kind": "seesaw"})
+    for name, stops in (("straight", ()), ("resumed", (3, 6))):
+        for at in stops:
+            assert train(plan, place[0], tmp_path / name, cache=place[1], observer=StopAt(at)).step == at
+        train(plan, place[0], tmp_path / name, cache=place[1])
+    straight, resumed = everything(tmp_path / "straight"), everything(tmp_path / "resumed")
+    assert_same_bits(resumed, straight)
+    assert straight["loss.counts"].dtype == torch.float64
+    assert (straight["loss.counts"] > 1).all()
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
 
 
 def test_steps_after_the_last_checkpoint_are_dropped_from_the_log_and_done_again(

@@ -130,6 +130,16 @@ def test_one_tile_is_a_plain_forward_pass() -> None:
     np.testing.assert_allclose(whole(one, volume), expected.numpy(), rtol=1e-5)
 
 
+def test_classes_of_a_softmax_are_predicted_within_their_group() -> None:
+    plan = plan_with()
+    softmax = msgspec.structs.replace(plan.loss, activation="softmax")
+    plan = msgspec.structs.replace(plan, loss=softmax, disjoint=(plan.class_names,))
+    volume = Volume((2, 20, 24))
+    logits = np.stack([volume.values, 1 - 2 * volume.values])
+    expected = np.exp(logits) / (1 + np.exp(logits).sum(axis=0))
+    np.testing.assert_allclose(whole(predictor(plan, Pointwise()), volume), expected, rtol=1e-4)
+
+
 def test_where_tiles_overlap_the_average_leans_to_the_nearer_centre() -> None:
     class TileNumber(nn.Module):
         calls = 0

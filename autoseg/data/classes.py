@@ -132,6 +132,23 @@ class Logic:
         inside = {b: tuple(a for a in known if self._part_of[self._index[a], self._index[b]]) for b in known}
         return {name: parts for name, parts in inside.items() if parts}
 
+    def excluding(self, names: Sequence[str]) -> NDArray[np.bool_]:
+        """Return (names, names): whether none is of both; what excludes a whole excludes its parts."""
+        columns = self.columns(names)
+        within = (self._part_of | np.eye(len(self.names), dtype=bool)).astype(np.float32)
+        exclude: NDArray[np.bool_] = within @ self._disjoint @ within.T > 0
+        return exclude[np.ix_(columns, columns)]
+
+    def overlaps(self, names: Sequence[str]) -> NDArray[np.bool_]:
+        """Return (names, names): whether the two share an atom; each shares its own with itself."""
+        atoms = self._atoms[self.columns(names)].astype(np.float32)
+        return atoms @ atoms.T > 0
+
+    def consists_of(self, name: str, others: Sequence[str]) -> bool:
+        """Return whether every atom of a class is one of the others', so that they leave nothing of it."""
+        (whole,) = self._atoms[self.columns([name])]
+        return not (whole & ~self._atoms[self.columns(others)].any(axis=0)).any()
+
     def complete(self, annotated_CK: States) -> tuple[States, NDArray[np.bool_]]:
         """Return (states with everything that follows, contradictions), both (rows, classes of the table).
 

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoseg.geometry import VoxelsZYX
-from autoseg.model.losses import CodeTable, CodeTargets, supervised_loss
+from autoseg.model.groups import Groups
+from autoseg.model.losses import CodeTable, CodeTargets, outputs_of, supervised_loss
 from autoseg.model.networks import UShape
 from autoseg.schema import Loss, Network
 
@@ -109,12 +110,13 @@ def _trace(
         codes = torch.empty(batch, *patch_zyx, dtype=torch.int64)
         table = CodeTable(torch.empty(NUM_CODES, num_classes, dtype=torch.uint8))
         weights = torch.empty(num_classes)
+        outputs = outputs_of(loss, Groups((tuple(range(num_classes)),)), [0.0] * num_classes)  # one group takes most
         tracker = PeakBytes()
         tracker.hold([*parameters, *model.buffers(), *moments, image, codes])
         with tracker, FlopCounterMode(display=False) as counter:
             with torch.autocast("cpu", dtype=DTYPES[precision], enabled=precision != "fp32"):
                 logits: list[Tensor] = model(image)
-            loss_value = supervised_loss(logits, CodeTargets(codes, table), loss, weights)
+            loss_value = supervised_loss(logits, CodeTargets(codes, table), loss, weights, outputs=outputs)
             del logits
             loss_value.backward()  # type: ignore[no-untyped-call]
         largest = max(p.numel() * p.element_size() for p in parameters)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from autoseg.errors import PlanError
 from autoseg.geometry import Box, VoxelsZYX, blocks, tile_starts
+from autoseg.model.groups import probabilities
 from autoseg.model.networks import smallest_patch
 from autoseg.schema import Plan
 
@@ -132,7 +133,7 @@ class Predictor(NamedTuple):
         if axes:
             moved = _mirror_image(moved, axes)
         with autocast(self.plan, self.device):
-            probability = torch.sigmoid(self.network(moved)[0].float())
+            probability = probabilities(self.network(moved)[0].float(), self.plan)
         probability = probability.flip(axes) if axes else probability
         return probability.transpose(3, 4) if swap else probability
 

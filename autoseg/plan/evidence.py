@@ -66,7 +66,7 @@ def carried_settings(plan: Plan) -> dict[str, Any]:
     for field in (reason.field for reason in plan.reasons if reason.source == "user"):
         if field == "classes":
             settings["classes.names"] = list(plan.class_names)
-        elif field in ("class_weights", "decode.thresholds"):
+        elif field in ("class_weights", "decode.thresholds", "loss.priors"):
             settings[f"{field}.*"] = functools.reduce(getattr, field.split("."), plan)
         elif field not in ("split", "resolution", "dimensions"):
             settings[field] = functools.reduce(getattr, field.split("."), plan)

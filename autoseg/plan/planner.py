@@ -190,7 +190,7 @@ def _check_settings(settings: Mapping[str, Any], hardware: Hardware) -> None:
 
 def _check_class_settings(draft: Draft, asked: Mapping[str, Any]) -> None:
     names = [entry.name for entry in draft["classes"]]
-    for field in ("class_weights", "decode.thresholds"):
+    for field in ("class_weights", "decode.thresholds", "loss.priors"):
         for name in asked.get(f"{field}.*", {}):
             if name not in names:
                 near = nearest(name, names)

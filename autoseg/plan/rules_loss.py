@@ -14,11 +14,12 @@ ours contradicts it, the run is followed (tests/benchmarks/README.md has them)::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_data import share_of
 from autoseg.plan.weighting import BETA_INSTANCES, Occurrence, saturated, weights_by
-from autoseg.schema import Fingerprint
+from autoseg.schema import Fingerprint, Loss
 
 BALANCED, VERY_RARE = 0.2, 0.001
 THIN_VOXELS = 4.0
@@ -26,13 +27,46 @@ NOMINAL_VOXELS = 10**9
 MEASURED = "VNC, 1,000 steps, 3 seeds: dice_bce .763, focal_dice .765, tversky .73, bce .61, sd .003 to .023"
 WEIGHTS_MEASURED = "VNC, 1,000 steps, 3 seeds: .763 alike, .670 by roots of inverse shares"
 TREE = "decision tree of the CellMap loss experiments (Shan-CU)"
+# The weights that a kind is made of. `per_class_*` are names of the origin experiments, where all other overlap was by
+# sample: here all of it is of the whole batch unless `loss.per_sample`. With softmax `bce` is cross-entropy (`ce`).
 LOSS_TERMS: dict[str, dict[str, float]] = {
     "bce": {"bce": 1.0},
+    "weighted_ce": {"bce": 1.0},
+    "focal": {"focal": 1.0},
     "dice": {"dice": 1.0},
     "dice_bce": {"dice": 1.0, "bce": 1.0},
-    "focal": {"focal": 1.0},
     "focal_dice": {"focal": 0.5, "dice": 0.5},
     "tversky": {"tversky": 1.0},
+    "focal_tversky": {"tversky": 1.0},
+    "combo": {"bce": 0.3, "dice": 0.5, "focal": 0.2},
+    "dice_topk": {"dice": 1.0, "topk": 1.0},
+    "unified_focal": {"unified": 1.0},
+    "per_class_tversky": {"tversky": 1.0},
+    "per_class_combo": {"bce": 0.4, "dice": 0.6},
+    "balanced_softmax": {"bce": 1.0},
+    "seesaw": {"bce": 1.0},
+}
+LOSS_VALUES: dict[str, tuple[Any, str]] = {
+    "focal_gamma": (2.0, "used by focal terms"),
+    "focal_alpha": (None, "absent voxels count as much as present ones"),
+    "tversky_alpha": (0.3, "weighs false positives"),
+    "tversky_beta": (0.7, "weighs false negatives"),
+    "tversky_exponent": (1.0, "of 1 - index"),
+    "smooth": (1.0, "one voxel: keeps absent classes from exploding"),
+    "topk_share": (0.1, "of the known voxels of a sample and class are its hardest"),
+    "unified_lambda": (0.5, "focal part against overlap part"),
+    "unified_delta": (0.6, "weighs what is missed against what is found wrongly"),
+    "unified_gamma": (0.5, "suppresses easy background, enhances the class"),
+    "per_sample": (False, "overlap is of the whole batch: a sample without the class teaches, too"),
+    "activation": ("sigmoid", "classes overlap, or are annotated apart"),
+    "balance_tau": (0.0, "no prior in the logits"),
+    "seesaw_p": (0.0, "no mitigation"),
+    "seesaw_q": (0.0, "no compensation"),
+}
+KIND_VALUES: dict[str, dict[str, Any]] = {
+    "focal_tversky": {"tversky_exponent": 0.75},
+    "balanced_softmax": {"activation": "softmax", "balance_tau": 1.0},
+    "seesaw": {"activation": "softmax", "seesaw_p": 0.8, "seesaw_q": 2.0},
 }
 
 
@@ -69,22 +103,49 @@ def _thin(draft: Draft) -> str:
 def choose_loss_field(draft: Draft, field: str) -> Choice:
     """Return one number of the loss: the weights its kind is made of, and its parameters."""
     kind = draft["loss.kind"]
+    if field == "priors":
+        return _priors(draft)
     if field.endswith("_weight"):
-        term = field.removesuffix("_weight")
-        return Choice(LOSS_TERMS[kind].get(term, 0.0), f"part of {kind}", "kind of loss")
-    value = {"focal_gamma": 2.0, "tversky_alpha": 0.3, "tversky_beta": 0.7, "smooth": 1.0}[field]
-    note = {
-        "focal_gamma": "used by focal terms",
-        "tversky_alpha": "weighs false positives",
-        "tversky_beta": "weighs false negatives",
-        "smooth": "one voxel: keeps absent classes from exploding",
-    }[field]
-    return Choice(value, note, "paper default")
+        return Choice(_value_of(kind, field), f"part of {kind}", "kind of loss")
+    if field == "activation" and (draft.settings.get("loss.seesaw_p") or draft.settings.get("loss.seesaw_q")):
+        return Choice("softmax", "seesaw compares classes that exclude each other", "kind of loss")
+    if field in KIND_VALUES.get(kind, {}):
+        return Choice(_value_of(kind, field), f"part of {kind}", "kind of loss")
+    return Choice(_value_of(kind, field), LOSS_VALUES[field][1], "paper default")
+
+
+def loss_values(kind: str) -> dict[str, Any]:
+    """Return every field of a loss of that kind but its priors, as a plan has them."""
+    fields = [name for name in Loss.__struct_fields__ if name not in ("kind", "priors")]
+    return {"kind": kind} | {name: _value_of(kind, name) for name in fields}
+
+
+def _value_of(kind: str, field: str) -> Any:
+    if field.endswith("_weight"):
+        return LOSS_TERMS[kind].get(field.removesuffix("_weight"), 0.0)
+    return KIND_VALUES.get(kind, {}).get(field, LOSS_VALUES[field][0])
+
+
+def _priors(draft: Draft) -> Choice:
+    """Return the share of every class among its known voxels, where the logits are shifted by them."""
+    set_by_user = draft.settings.get("loss.priors.*", {})
+    if not draft["loss.balance_tau"] and not set_by_user:
+        return Choice({}, "no prior in the logits", "paper default")
+    names = [entry.name for entry in draft["classes"]]
+    even = 1 / (len(names) + 1)  # of a class that nobody counted
+    shares = {name: even if (found := share_of(draft, name)) is None else found.share for name in names}
+    because = "shares of the known voxels: " + ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
+    if set_by_user:
+        return Choice(shares | set_by_user, f"set by the user for {', '.join(set_by_user)}; else {because}", "user")
+    return Choice(shares, because, "counted")
 
 
 def choose_class_weighting(draft: Draft) -> Choice:
     """Return how the weights of the classes follow from the data: not at all where sampling evens them out."""
     centred = draft["sampling.class_centred_fraction"]
+    if draft["loss.kind"] == "weighted_ce":
+        because = "weighted_ce is cross-entropy with weights"
+        return Choice("sqrt_inverse_median", because, "kind of loss")
     if centred > 0:
         because = f"every class counts alike: {centred:.0%} of the patches are centred on classes, rare ones as often"
         return Choice("uniform", because, WEIGHTS_MEASURED)

@@ -26,7 +26,6 @@ NEVER_FOUND = 0.05
 SKIPPED_SHARE = 0.001
 MOST_WEIGHT = 5.0
 RAISED_THRESHOLD = 0.65
-OVERLAP_KINDS = ("dice", "dice_bce", "focal_dice", "tversky")
 
 Advice = dict[str, Choice]
 
@@ -85,7 +84,8 @@ def _unstable_early(evidence: Evidence, _: Fingerprint) -> Advice:
     """Smooth the overlap where the mean Dice fell by more than noise between rounds of the first half."""
     early = [found.mean_dice for found in evidence.rounds if found.step <= evidence.num_done / 2]
     fall = max((a - b for a, b in itertools.pairwise(early)), default=0.0)
-    if fall <= SWING or evidence.plan.loss.kind not in OVERLAP_KINDS or evidence.plan.loss.smooth >= 10:
+    loss = evidence.plan.loss
+    if fall <= SWING or not any((loss.dice_weight, loss.tversky_weight, loss.unified_weight)) or loss.smooth >= 10:
         return {}
     return {"loss.smooth": _choice(evidence, 10.0, f"validation Dice fell by {fall:.3f} between two early rounds")}
 

@@ -235,9 +235,11 @@ class TrainingView(Observer):
     def started(self, plan: Plan, num_steps: int, from_step: int) -> None:
         """Print the loss and the weights, and start the bar."""
         loss = plan.loss
-        terms = [f"{n} {w:g}" for n in ("bce", "dice", "focal", "tversky") if (w := getattr(loss, f"{n}_weight"))]
+        names = [name.removesuffix("_weight") for name in loss.__struct_fields__ if name.endswith("_weight")]
+        terms = [f"{name} {weight:g}" for name in names if (weight := getattr(loss, f"{name}_weight"))]
+        softmax = " (softmax)" if loss.activation == "softmax" else ""
         self.console.print(
-            f"loss {loss.kind}: {', '.join(terms)}; smooth {loss.smooth:g}; class weights "
+            f"loss {loss.kind}{softmax}: {', '.join(terms)}; smooth {loss.smooth:g}; class weights "
             f"{short_value(plan.class_weights)}"
         )
         resumed = f", going on from step {from_step}" if from_step else ""

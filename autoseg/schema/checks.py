@@ -24,6 +24,7 @@ def _contradictions(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield from network_contradictions(plan.network, edges)
     yield from _input(plan)
     yield from _classes(plan)
+    yield from _loss(plan)
     yield from _run(plan)
 
 
@@ -118,15 +119,45 @@ def _classes(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield "heads", f"hold {list(in_heads)}", f"list every class once, in order: {list(plan.class_names)}"
     if any(not 0 <= value <= 1 for value in plan.decode.thresholds.values()):
         yield "decode.thresholds", f"{plan.decode.thresholds}", "use probabilities from 0 to 1"
-    loss = plan.loss
-    weights = (loss.bce_weight, loss.dice_weight, loss.focal_weight, loss.tversky_weight)
-    if min(weights) < 0 or max(weights) == 0:
-        yield "loss", "no positive weight, or a negative one", "give at least one term a positive weight"
     if not plan.split.train:
         yield "split.train", "is empty", "train on at least one crop"
     folds, fold = plan.split.folds, plan.split.fold
     if (folds, fold) != (None, None) and (folds is None or fold is None or folds < 2 or not 1 <= fold <= folds):
         yield "split.fold", f"{fold} of {folds} folds", "give at least 2 folds, and a fold from 1 to their number"
+
+
+def _loss(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    loss = plan.loss
+    weights = [getattr(loss, name) for name in loss.__struct_fields__ if name.endswith("_weight")]
+    if min(weights) < 0 or max(weights) == 0:
+        yield "loss", "no positive weight, or a negative one", "give at least one term a positive weight"
+    for field in ("focal_gamma", "tversky_alpha", "tversky_beta", "smooth", "balance_tau", "seesaw_p", "seesaw_q"):
+        if getattr(loss, field) < 0:
+            yield f"loss.{field}", f"{getattr(loss, field)}", "use 0 or more"
+    for field in ("focal_alpha", "unified_lambda", "unified_delta", "unified_gamma", "topk_share"):
+        if not 0 <= (getattr(loss, field) or 0) <= 1:
+            yield f"loss.{field}", f"{getattr(loss, field)}", "use a share from 0 to 1"
+    for field in ("tversky_exponent", "topk_share"):
+        if getattr(loss, field) <= 0:
+            yield f"loss.{field}", f"{getattr(loss, field)}", "use a positive number"
+    yield from _terms_together(plan)
+
+
+def _terms_together(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    loss = plan.loss
+    if loss.unified_gamma == 1:
+        yield "loss.unified_gamma", "1 leaves no overlap", "use 0 to below 1"
+    if loss.focal_weight and loss.unified_weight:
+        yield "loss.focal_weight", "beside unified_weight, which has a focal part of its own", "use one of them"
+    if loss.activation == "softmax" and (loss.topk_weight or loss.unified_weight):
+        yield "loss.activation", "softmax with topk_weight or unified_weight, which have no such form", "use sigmoid"
+    if loss.activation == "sigmoid" and (loss.seesaw_p or loss.seesaw_q):
+        yield "loss.activation", "sigmoid with seesaw_p or seesaw_q, which compare classes", "use softmax"
+    if loss.balance_tau and set(loss.priors) != set(plan.class_names):
+        odd = sorted(set(plan.class_names) ^ set(loss.priors))[0]
+        yield "loss.priors", f"{odd} is in only one of loss.priors and classes", "give one share for each class"
+    if any(not 0 <= share <= 1 for share in loss.priors.values()):
+        yield "loss.priors", f"{loss.priors}", "use shares from 0 to 1"
 
 
 def _run(plan: Plan) -> Iterator[tuple[str, str, str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from autoseg.geometry import Box, NmZYX, VoxelsZYX
 from autoseg.schema.facts import ClassEntry, Hardware, Probe
 from autoseg.schema.records import Artifact, Record
@@ -59,16 +61,42 @@ class Network(Record, frozen=True, kw_only=True):
 
 
 class Head(Record, frozen=True, kw_only=True):
-    """One output of the network: a sigmoid channel for each class."""
+    """One output of the network: a channel for each class."""
 
     name: str
     classes: tuple[str, ...]
 
 
-class Loss(Record, frozen=True, kw_only=True):
-    """A weighted sum of terms over known voxels; a kind is a named set of these weights."""
+LossKind = Literal[
+    "bce",
+    "dice",
+    "dice_bce",
+    "focal",
+    "focal_dice",
+    "tversky",
+    "weighted_ce",
+    "focal_tversky",
+    "combo",
+    "dice_topk",
+    "unified_focal",
+    "per_class_tversky",
+    "per_class_combo",
+    "balanced_softmax",
+    "seesaw",
+]
 
-    kind: Literal["bce", "dice", "dice_bce", "focal", "focal_dice", "tversky"]
+
+class Loss(Record, frozen=True, kw_only=True):
+    """A weighted sum of terms over known voxels; a kind is a named set of these weights and parameters.
+
+    `focal_alpha` counts present voxels alpha, absent ones 1 - alpha (None: alike). `tversky_alpha` weighs false
+    positives, `tversky_beta` false negatives, `tversky_exponent` is of 1 - index. `topk_share` of the known voxels of a
+    sample and class are its hardest. `per_sample` takes overlap by sample and class, else over the whole batch.
+    With "softmax" the classes of a group that exclude each other share probabilities with a background.
+    `balance_tau` times the log of `priors` is added to the logits in training. `seesaw_*` act with softmax.
+    """
+
+    kind: LossKind
     bce_weight: float
     dice_weight: float
     focal_weight: float
@@ -77,6 +105,21 @@ class Loss(Record, frozen=True, kw_only=True):
     tversky_alpha: float
     tversky_beta: float
     smooth: float
+    # what follows has the value of plans of earlier versions
+    topk_weight: float = 0.0
+    unified_weight: float = 0.0
+    focal_alpha: float | None = None
+    tversky_exponent: float = 1.0
+    topk_share: float = 0.1
+    unified_lambda: float = 0.5
+    unified_delta: float = 0.6
+    unified_gamma: float = 0.5
+    per_sample: bool = False
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
+    balance_tau: float = 0.0
+    priors: dict[str, float] = msgspec.field(default_factory=dict)
+    seesaw_p: float = 0.0
+    seesaw_q: float = 0.0
 
 
 Weighting = Literal[

@@ -97,12 +97,13 @@ class Learner:
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-        return tensors
+        return tensors | {f"loss.{name}": value for name, value in self._loss.state().items()}
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Put back what `state` returned; tensors that do not fit raise RuntimeError or KeyError."""
         self.averaged = {name: value.to(self.device) for name, value in weights.items()}
         self.network.load_state_dict(_under(state, "network."))
+        self._loss.restore(_under(state, "loss."))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in _under(state, "optimizer.").items():
             index, key = name.split(".", 1)
