@@ -137,6 +137,18 @@ def test_changes_that_resolve_to_the_same_loss_are_replicates() -> None:
     assert found.noise_sd == pytest.approx(sd)
 
 
+def test_kinds_of_the_same_terms_train_alike_and_effective_numbers_are_uniform() -> None:
+    runs = [
+        finished("tversky", 0, 0.5, {"loss.kind": "tversky"}),
+        finished("per_class", 0, 0.5, {"loss.kind": "per_class_tversky"}),
+        finished("effective", 0, 0.5, {"loss.kind": "tversky", "class_weighting": "effective_max"}),
+        finished("inverse", 0, 0.5, {"loss.kind": "tversky", "class_weights.*": {"mito": 1.0, "pm": 3.0}}),
+    ]
+    rows = {row.name: row for row in rank(spec_of(tversky={}, per_class={}, effective={}, inverse={}), runs, {}).rows}
+    assert set(rows["tversky"].same_as) == {"per_class", "effective"}
+    assert rows["inverse"].same_as == ()
+
+
 def test_what_one_seed_gives_twice_to_the_last_bit_is_no_repetition() -> None:
     spec = spec_of(base={}, gamma={"loss.focal_gamma": 5})
     found = ranked(spec, {"base": [0.70, 0.72, 0.74], "gamma": [0.70, 0.72, 0.74]})

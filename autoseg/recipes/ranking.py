@@ -14,8 +14,14 @@ from autoseg.schema import Change, CompareSpec, Plan, Ranking, RankRow, Scores
 
 LEAST_SEEDS = 3
 Apart = Callable[[str, str], bool | None]
-TERMS = {"focal_weight": ("focal_gamma",), "tversky_weight": ("tversky_alpha", "tversky_beta")}
-NO_MATTER = ("name", "reasons", "seed", "hardware", "class_weighting")
+TERMS = {
+    "focal_weight": ("focal_gamma", "focal_alpha"),
+    "tversky_weight": ("tversky_alpha", "tversky_beta", "tversky_exponent"),
+    "topk_weight": ("topk_share",),
+    "unified_weight": ("unified_lambda", "unified_delta", "unified_gamma"),
+    "balance_tau": ("priors",),
+}
+NO_MATTER = ("name", "reasons", "seed", "hardware", "class_weighting", "class_balance_beta")
 
 
 class Finished(NamedTuple):
