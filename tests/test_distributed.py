@@ -395,11 +395,17 @@ def test_another_number_of_processes_than_planned_is_refused(monkeypatch: pytest
         assert team is ALONE
 
 
-def test_batch_norm_in_several_processes_on_a_cpu_is_refused(place: tuple[Path, Path]) -> None:
+def test_batch_norm_in_several_processes_on_a_cpu_is_refused(place: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"network\.norm: batch with 2 processes on the CPU.*use group or instance"):
         plan_for(place, 2, network__norm="batch")
     plan = plan_for(place, 2)
     check_plan(msgspec.structs.replace(plan, device="cuda"), "plan")
+    alone = plan_for(place, 1, network__norm="batch")
+    shared = msgspec.structs.replace(alone, num_processes=2, batch_size=1)
+    for used, device in ((shared, "auto"), (msgspec.structs.replace(shared, device="cuda"), "cpu")):
+        with pytest.raises(PlanError, match=r"network\.norm: batch with 2 processes on the CPU"):
+            train(alone, place[0], tmp_path / "run", used=used, device=device, cache=place[1])
+    assert not (tmp_path / "run").exists()
 
 
 # ---- GPUs ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from strategies import make_dataset
-from test_planner import facts, gpu, machine, tiny_plan
+from test_planner import facts, gpu, machine, tiny_facts_plan, tiny_plan
 
 from autoseg.errors import PlanError
 from autoseg.model.memory import trace_step
@@ -99,6 +99,18 @@ def test_as_many_as_torchrun_started_share_a_step() -> None:
     assert because[0] == "num_processes 4 -> 8: torchrun started 8"
     with pytest.raises(PlanError, match=r"torchrun: 3 processes cannot share the 8 patches .*start one of 1, 2, 4, 8"):
         shrink(of_four(), here, "auto", 3)
+
+
+def test_batch_norm_on_a_cpu_is_for_one_process_that_torchrun_starts() -> None:
+    plan = tiny_facts_plan()
+    assert (plan.device, plan.network.norm) == ("cpu", "batch")
+    with pytest.raises(
+        PlanError, match=r"torchrun: 2 processes on the CPU .*batch norm.*start one, or plan with --set"
+    ):
+        shrink(plan, machine(), "auto", 2)
+    assert "num_processes" not in shrink(plan, machine(), "auto", 1)[0]
+    changes, _ = shrink(msgspec.structs.replace(plan, device="cuda"), machine(gpu(), gpu()), "cuda", 2)
+    assert changes["num_processes"] == 2
 
 
 def test_workers_shrink_to_what_all_processes_leave_room_for() -> None:

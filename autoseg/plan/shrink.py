@@ -50,6 +50,9 @@ def _processes(plan: Plan, hardware: Hardware, kind: str, device: str, started: 
     """Return how many processes can share the patches of a step here, no more than planned, and what limits them."""
     patches = plan.patches_per_step
     if started:
+        if started > 1 and kind == "cpu" and plan.network.norm == "batch":
+            what = f"{started} processes on the CPU would each have batch norm statistics of their own"
+            raise PlanError("torchrun", what, "start one, or plan with --set network.norm=group")
         if patches % started:
             fitting = [str(n) for n in range(1, patches + 1) if patches % n == 0]
             what = f"{counted(started, 'process')} cannot share the {counted(patches, 'patch')} of a step evenly"

@@ -83,6 +83,7 @@ def train(
     dataset = open_dataset(data)
     used = used or plan
     target = device_of(device, used)
+    check_plan(msgspec.structs.replace(used, device=target.type), plan.name)
     check_data(used, dataset)
     source = StepDataset(used, data, cache or default_cache())
     source.first()
