@@ -26,7 +26,7 @@ from torch import Tensor
 import autoseg.train.team
 from autoseg.data.classes import UNKNOWN
 from autoseg.data.dataset import open_dataset
-from autoseg.errors import DataError, PlanError
+from autoseg.errors import DataError, LostProcess, PlanError
 from autoseg.model import windows
 from autoseg.model.losses import CodeTable, CodeTargets, supervised_loss
 from autoseg.model.sums import Sums
@@ -292,11 +292,21 @@ def stumble(_: Team) -> None:
     raise ZeroDivisionError("by nought")
 
 
+def overflow(team: Team) -> None:
+    def raising(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    torch.distributed.all_reduce = raising
+    team.tell(None)
+    team.add_up(np.zeros(1, np.int64))
+
+
 @pytest.mark.parametrize(
     ("work", "kind", "message"),
     [
         (refuse, DataError, "^crop7: is damaged: repair it$"),
         (stumble, RuntimeError, "^rank 1: ZeroDivisionError: by nought"),
+        (overflow, RuntimeError, "^rank 1: RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"),
     ],
 )
 def test_an_error_of_another_process_is_raised_by_the_first(work: Any, kind: type[Exception], message: str) -> None:
@@ -308,6 +318,33 @@ def test_an_error_of_another_process_is_raised_by_the_first(work: Any, kind: typ
     with pytest.raises(kind, match=message):
         count()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (torch.distributed.DistNetworkError("the store is gone"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+    ],
+)
+def test_only_what_torch_distributed_says_of_others_is_a_lost_process(error: Exception, lost: bool) -> None:
+    with pytest.raises(LostProcess if lost else RuntimeError) as found, autoseg.train.team._together():
+        raise error
+    assert (found.value is error) != lost
+
+
+def test_who_only_missed_another_says_so_where_nobody_knows_more() -> None:
+    here, there = multiprocessing.Pipe(duplex=False)
+    said = LostProcess("rank 2", "another of its processes is gone", "see what that one says")
+    there.send(said)
+    found, by_itself = launch._reason(2, launch.LOST, here)
+    assert (str(found), by_itself) == (str(said), False)
+    there.close()
+    assert launch._reason(2, launch.LOST, here) == (None, False)
+    assert launch._reason(2, 1, here)[1]
 
 
 def exchange(team: Team) -> None:

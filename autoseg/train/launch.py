@@ -111,7 +111,7 @@ def _crew(size: int, kind: str, work: Work) -> Iterator[Team]:
             yield team
         others.let_end()
     except LostProcess as lost:
-        raise others.reason() or lost from None
+        raise others.reason(lost) from None
     finally:
         others.kill()
 
@@ -155,17 +155,22 @@ class _Others:
             self._exit_code(process)
             pipe.close()
 
-    def reason(self) -> Exception | None:
-        """Return why that one ended which did so by itself, not for want of another; None if none did."""
+    def reason(self, lost: LostProcess | None = None) -> Exception:
+        """Return why that one ended which did so by itself; else `lost`, else what one says that missed another."""
+        if lost:  # this process has noticed, and ends by itself
+            self._left.set()
+        missed: Exception | None = lost
         running, deadline = dict(self._processes), time.monotonic() + GRACE_S
         while running and (left_s := deadline - time.monotonic()) > 0:
             ended = wait([process.sentinel for process, _ in running.values()], left_s)
             for rank, (process, pipe) in list(running.items()):
                 if process.sentinel in ended:
                     del running[rank]
-                    if found := _reason(rank, self._exit_code(process), pipe):
+                    found, by_itself = _reason(rank, self._exit_code(process), pipe)
+                    if found and by_itself:
                         return found
-        return None
+                    missed = missed or found
+        return missed or LostProcess("training", "one of its processes ended", "the same command goes on")
 
     def _exit_code(self, process: SpawnProcess) -> int | None:
         with self._lock:  # two threads that wait for one process confuse each other
@@ -186,18 +191,19 @@ class _Others:
                     os._exit(2 if isinstance(reason, AutosegError) else 1)
 
 
-def _reason(rank: int, code: int | None, pipe: Connection) -> Exception | None:
-    """Return what a process that has ended said, or what its exit code says; None if it only missed another."""
+def _reason(rank: int, code: int | None, pipe: Connection) -> tuple[Exception | None, bool]:
+    """Return what a process that has ended said, or what its exit code says, and whether it ended by itself."""
     with suppress(EOFError, OSError):
         if pipe.poll() and isinstance(error := pipe.recv(), Exception):
-            return error
+            return error, code != LOST
     if code is not None and code < 0:
         what = f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
         remedy = "free memory, or plan with fewer num_workers; the same command goes on from the last checkpoint"
-        return LostProcess(f"rank {rank}", what, remedy)
+        return LostProcess(f"rank {rank}", what, remedy), True
     if code in (0, LOST):
-        return None
-    return LostProcess(f"rank {rank}", f"ended with exit code {code}", "see what it said; the same command goes on")
+        return None, False
+    what = f"ended with exit code {code}"
+    return LostProcess(f"rank {rank}", what, "see what it said; the same command goes on"), True
 
 
 def _work_as(rank: int, size: int, port: int, kind: str, work: Work, pipe: Connection) -> None:
@@ -208,7 +214,8 @@ def _work_as(rank: int, size: int, port: int, kind: str, work: Work, pipe: Conne
         store = TCPStore(HOST, port, is_master=False, timeout=WAIT)
         with _group(store, rank, size, kind) as team:
             work(team)
-    except LostProcess:
+    except LostProcess as lost:
+        pipe.send(LostProcess(f"rank {rank}", lost.what, lost.remedy))
         sys.exit(LOST)
     except (AutosegError, OSError) as error:
         pipe.send(error)

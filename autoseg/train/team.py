@@ -13,6 +13,7 @@ their mean, after every backward pass or by exception, and put a wrapper around 
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from autoseg.model.sums import Sums
 
 BUCKET_BYTES = 2**25
 STOP = "autoseg/stop"
+GLOO = re.compile(r"gloo[/\\]")  # whose errors have no type, but begin with the file of its source
 Asked = Callable[[], str | None]
 
 
@@ -141,9 +143,11 @@ def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Turn what torch.distributed raises where another process is gone into one line."""
+    """Turn what torch.distributed raises where another process is gone into one line; other errors are this one's."""
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not GLOO.search(str(error)):
+            raise
         why = str(error).strip().splitlines()[0]
         raise LostProcess("training", f"another of its processes is gone ({why})", "see what that one says") from error
