@@ -27,7 +27,7 @@ import autoseg.train.team
 from autoseg.data.classes import UNKNOWN
 from autoseg.data.dataset import open_dataset
 from autoseg.errors import DataError, LostProcess, PlanError
-from autoseg.model import windows
+from autoseg.model import checkpoint, windows
 from autoseg.model.losses import CodeTable, CodeTargets, supervised_loss
 from autoseg.model.sums import Sums
 from autoseg.schema import Observer, Plan, StepResult, check_plan, read_json_lines, save
@@ -282,6 +282,57 @@ def test_a_process_that_dies_ends_the_training_with_one_line_of_its_number_and_r
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("rank 1: was killed by SIGKILL")
     assert len(done.stderr.splitlines()) == 1
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+import torch
+from autoseg.errors import DataError
+from autoseg.train import launch
+
+def work(team):
+    raise DataError("crop7", "is damaged", "repair it")
+
+if __name__ == "__main__":
+    launch.GRACE_S = 0.2
+    with launch.assembled(2, torch.device("cpu"), work) as team:
+        if sys.argv[1:]:
+            with team.unbroken:
+                time.sleep(4)
+                Path("whole").touch()
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_process_that_waits_for_a_dead_one_without_gloo_is_ended_but_not_while_it_saves(
+    tmp_path: Path, saving: bool
+) -> None:
+    (tmp_path / "main.py").write_text(WAITING)
+    command = [sys.executable, "main.py", *(["saving"] if saving else [])]
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (2, "crop7: is damaged: repair it\n")
+    assert (tmp_path / "whole").exists() == saving
+
+
+def test_a_checkpoint_is_written_where_nothing_may_end_the_process(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team, genuine, held = Team(), checkpoint.save_checkpoint, list[bool]()
+
+    def watched(*args: Any, **named: Any) -> None:
+        held.append(team.unbroken.locked())
+        genuine(*args, **named)
+
+    monkeypatch.setattr(launch, "ALONE", team)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", watched)
+    train(plan_for(place, 1, optimizer__num_steps=2), place[0], tmp_path / "run", cache=place[1])
+    assert held
+    assert all(held)
+    assert not team.unbroken.locked()
 
 
 def refuse(_: Team) -> None:

@@ -38,7 +38,7 @@ from autoseg.train.team import ALONE, Team
 HOST = "127.0.0.1"
 LEAKS = "ignore::UserWarning:multiprocessing.resource_tracker"
 WAIT = timedelta(hours=6)  # for one that validates or saves; one that died is noticed at once
-START_S, GRACE_S, END_S = 300.0, 30.0, 60.0
+START_S, GRACE_S, END_S, SAVE_S = 300.0, 30.0, 60.0, 600.0
 LOST = 3  # exit code of a process that ends for want of another
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Work = Callable[[Team], object]
@@ -108,6 +108,7 @@ def _crew(size: int, kind: str, work: Work) -> Iterator[Team]:
     try:
         others.wait_until_ready()
         with _group(store, 0, size, kind) as team:
+            others.unbroken = team.unbroken
             yield team
         others.let_end()
     except LostProcess as lost:
@@ -122,7 +123,7 @@ class _Others:
     def __init__(self, size: int, port: int, kind: str, work: Work) -> None:
         context = multiprocessing.get_context("spawn")
         self._processes: dict[int, tuple[SpawnProcess, Connection]] = {}
-        self._left, self._lock = threading.Event(), threading.Lock()
+        self._left, self._lock, self.unbroken = threading.Event(), threading.Lock(), threading.Lock()
         with _deaf_to_ctrl_c(), _silent_on_leaks():
             for rank in range(1, size):
                 here, there = context.Pipe(duplex=False)
@@ -178,7 +179,10 @@ class _Others:
             return process.exitcode
 
     def _watch(self) -> None:
-        """End this process where another one died and NCCL waits for it forever; gloo notices by itself."""
+        """End this process where another one died and NCCL waits for it forever; gloo notices by itself.
+
+        A checkpoint that is being written is finished before.
+        """
         running = [process for process, _ in self._processes.values()]
         while running:
             ended = wait([process.sentinel for process in running])
@@ -186,6 +190,7 @@ class _Others:
                 running.remove(process)
                 if self._exit_code(process) and not self._left.wait(GRACE_S):
                     reason = self.reason()
+                    self.unbroken.acquire(timeout=SAVE_S)
                     sys.stderr.write(f"{' '.join(str(reason).split())}\n")
                     sys.stderr.flush()
                     os._exit(2 if isinstance(reason, AutosegError) else 1)

@@ -219,9 +219,10 @@ class _Session:
             self.header, grad_scale=scaler.get("scale"), grad_scale_growth=int(scaler.get("_growth_tracker", 0))
         )
         folder = self.run / "checkpoints"
-        checkpoint.save_checkpoint(folder, self.header, self.learner.averaged, self.learner.state(), best=best)
-        if best and self.header.decode is not None:
-            save(self.header.decode, self.run / "decode.json")
+        with self.team.unbroken:
+            checkpoint.save_checkpoint(folder, self.header, self.learner.averaged, self.learner.state(), best=best)
+            if best and self.header.decode is not None:
+                save(self.header.decode, self.run / "decode.json")
         self.saved_step, self.saved_at = self.header.step, time.monotonic()
 
     def _initialize(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Store | None = None) -> None:
         self.rank, self.size = rank, size
+        self.unbroken = threading.Lock()  # held where this process must not be ended
         self._local_rank, self._store = local_rank, store
 
     @property
