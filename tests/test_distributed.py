@@ -483,6 +483,16 @@ def test_another_number_of_processes_than_planned_is_refused(monkeypatch: pytest
         assert team is ALONE
 
 
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Team(3, 4, local_rank=1).device(torch.device("cuda")) == torch.device("cuda:1")
+    assert Team(2, 4, local_rank=2).device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(
+        PlanError, match=r"^rank 2: is process 2 of its machine, which has 2 GPUs: start at most 2 on it"
+    ):
+        Team(2, 4, local_rank=2).device(torch.device("cuda"))
+
+
 def test_batch_norm_in_several_processes_on_a_cpu_is_refused(place: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"network\.norm: batch with 2 processes on the CPU.*use group or instance"):
         plan_for(place, 2, network__norm="batch")

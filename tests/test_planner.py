@@ -80,6 +80,11 @@ def gpu(name: str = "RTX 3090", gib: float = 24, *, bf16: bool = True, fp16: boo
     return Gpu(name=name, memory_bytes=int(gib * GIB), free_bytes=int(gib * GIB), bf16=bf16, fp16=fp16)
 
 
+def busy(free_gib: float, gib: float = 80) -> Gpu:
+    """Return a GPU that other processes use."""
+    return msgspec.structs.replace(gpu(gib=gib), free_bytes=int(free_gib * GIB))
+
+
 def facts(
     shape: VoxelsZYX = (20, 512, 512),
     voxel: NmZYX = (50.0, 4.6, 4.6),
@@ -425,6 +430,15 @@ def test_a_step_is_priced_only_on_the_device_that_was_measured() -> None:
         ([gpu(gib=11), gpu("V100", 11, bf16=False), gpu(gib=11)], 1, "2 GPUs from V100 on are not used"),
         ([gpu(gib=24)] * 3 + [gpu("T4", 16)], 3, "3 GPUs of 24.0 to 24.0 GiB"),
         ([gpu(gib=24)], 1, "one GPU of 24.0 GiB with bf16 and fp16"),
+        ([busy(2), gpu(gib=80)], 2, "2 GPUs of 80.0 to 80.0 GiB with bf16 and fp16, one process each; to use 1 x 68.0"),
+        ([gpu(gib=80), busy(2)] + [gpu(gib=80)] * 2, 1, "; to use 3 x 68.0 GiB, set CUDA_VISIBLE_DEVICES=0,2,3"),
+        ([gpu(gib=80)] * 3 + [busy(2)], 3, "GPU 3 has 77.4 of 80.0 GiB in use, with it 4 x 2.2 GiB could be used inst"),
+        ([gpu(gib=80)] * 3 + [busy(70)], 4, "4 GPUs of 80.0 to 80.0 GiB"),
+        (
+            [gpu("T400", 4)] + [gpu(gib=80)] * 2,
+            1,
+            "that one has 80.0 GiB or other formats; to use 2 x 68.0 GiB, set CU",
+        ),
         ([], 1, "one process uses all of 16 threads"),
     ],
 )
@@ -433,6 +447,8 @@ def test_gpus_that_are_alike_train_together(cards: list[Gpu], number: int, becau
     assert plan.num_processes == number
     assert because in reason(plan, "num_processes")
     assert "stay free" not in reason(plan, "device")
+    if number == len(cards) and not any(card.free_bytes < card.memory_bytes for card in cards):
+        assert "CUDA_VISIBLE_DEVICES" not in reason(plan, "num_processes")
     assert plan.patches_per_step == plan.batch_size * plan.accumulate_batches * number
 
 
@@ -475,8 +491,9 @@ def test_any_number_of_processes_may_share_a_cpu_and_on_gpus_one_for_each() -> N
 def test_the_fullest_gpu_and_the_lesser_format_count_for_all() -> None:
     shared = msgspec.structs.replace(gpu(), free_bytes=6 * GIB)
     fixed = {"patch_size_zyx": (1, 64, 64)}
-    both = make_plan("a", facts(), machine(gpu(), shared, threads=8, ram_gib=64), fixed)
-    assert both.num_processes == 2
+    cards = machine(gpu(), shared, threads=8, ram_gib=64)
+    assert make_plan("a", facts(), cards, fixed).num_processes == 1
+    both = make_plan("a", facts(), cards, fixed | {"num_processes": 2})
     assert "beside the 17.4 GiB of other processes" in reason(both, "batch_size")
     mixed = machine(gpu(), gpu("V100", 24, bf16=False), threads=8, ram_gib=64)
     assert make_plan("a", facts(), mixed, fixed).precision == "bf16"

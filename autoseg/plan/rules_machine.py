@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,12 +11,12 @@ import msgspec
 
 from autoseg.errors import PlanError, counted
 from autoseg.geometry import VoxelsZYX
-from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
+from autoseg.model.memory import StepCost, trace_step
+from autoseg.plan.cards import explain_cards, held_bytes, leading, usable_bytes_of
 from autoseg.plan.draft import Choice, Draft
 from autoseg.schema import Gpu, Hardware, Loss, Network, Plan
 
 GIB = 2**30
-VRAM_SHARE = 0.85
 RAM_SHARE = 0.6
 BASE_PROCESS_BYTES = int(0.7 * GIB)
 WORKER_BYTES = int(0.6 * GIB)
@@ -29,34 +28,19 @@ MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
 # Of a step; measured on VNC, two CPU cores: 6 to 8 % (one thread, bf16), without workers.
 DATA_SHARE = 0.07
 DEFAULT_BUDGET_S = {"cpu": 1800.0, "cuda": 6 * 3600.0}
-ALIKE = 0.1  # by how much the memory of GPUs may differ that train together
 
 
 def choose_num_processes(draft: Draft) -> Choice:
-    """Return the training processes: one for each of the first GPUs that are alike, one on a CPU."""
+    """Return the training processes: one for each of the first GPUs that are alike and as free, one on a CPU."""
     hardware = draft.hardware
     if draft["device"] == "cpu":
         return Choice(1, f"one process uses all of {counted(hardware.cpu_threads, 'thread')}", "hardware")
-    gpus, one = hardware.gpus, hardware.gpus[0]
-    alike = list(itertools.takewhile(lambda gpu: _alike(gpu, one), gpus))
-    number = max(1, min(len(alike), hardware.cpu_threads, int(hardware.ram_bytes * RAM_SHARE // BASE_PROCESS_BYTES)))
-    formats = " and ".join(name for name in ("bf16", "fp16") if getattr(one, name)) or "fp32 alone"
-    least, most = (size(gpu.memory_bytes for gpu in alike) / GIB for size in (min, max))
-    because = f"{counted(len(alike), 'GPU')} of {least:.1f} to {most:.1f} GiB with {formats}, one process each"
-    if len(alike) == 1:
-        because = f"one GPU of {most:.1f} GiB with {formats}"
-    if len(alike) < len(gpus):
-        because += f"; {counted(len(gpus) - len(alike), 'GPU')} from {gpus[len(alike)].name} on are not used: "
-        because += f"that one has {gpus[len(alike)].memory_bytes / GIB:.1f} GiB or other formats"
-    if number < len(alike):
+    cards, because = leading(hardware.gpus), explain_cards(hardware.gpus)
+    number = max(1, min(cards, hardware.cpu_threads, int(hardware.ram_bytes * RAM_SHARE // BASE_PROCESS_BYTES)))
+    if number < cards:
         because += f"; {counted(hardware.cpu_threads, 'thread')} and {hardware.ram_bytes / GIB:.1f} GiB of RAM feed "
         because += f"{number}"
     return Choice(number, because, "hardware")
-
-
-def _alike(gpu: Gpu, one: Gpu) -> bool:
-    formats = (gpu.bf16, gpu.fp16) == (one.bf16, one.fp16)
-    return formats and abs(gpu.memory_bytes - one.memory_bytes) <= ALIKE * one.memory_bytes
 
 
 def choose_batch_size(draft: Draft) -> Choice:
@@ -139,10 +123,9 @@ def room_on(hardware: Hardware, device: str, num_processes: int = 1) -> tuple[in
 
 
 def _room_on_gpu(gpu: Gpu) -> tuple[int, str]:
-    # asking a GPU what is free takes a context, which the memory of a step counts already
-    held = max(0, gpu.memory_bytes - gpu.free_bytes - CUDA_CONTEXT_BYTES)
+    held = held_bytes(gpu)
     others = f" beside the {held / GIB:.1f} GiB of other processes" if held else ""
-    return int((gpu.memory_bytes - held) * VRAM_SHARE), f"GPU memory{others}"
+    return usable_bytes_of(gpu), f"GPU memory{others}"
 
 
 def choose_accumulate(draft: Draft) -> Choice:

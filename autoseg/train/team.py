@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
-from autoseg.errors import LostProcess
+from autoseg.errors import LostProcess, PlanError, counted
 from autoseg.model.sums import Sums
 
 BUCKET_BYTES = 2**25
@@ -49,9 +49,12 @@ class Team:
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this process's own device of that kind."""
+        """Return this process's own device of that kind; PlanError where its machine has none for it."""
         if self.size == 1 or device.type == "cpu":
             return device
+        if self._local_rank >= (there := torch.cuda.device_count()):
+            what = f"is process {self._local_rank} of its machine, which has {counted(there, 'GPU')}"
+            raise PlanError(f"rank {self.rank}", what, f"start at most {there} on it, or use --device cpu")
         return torch.device("cuda", self._local_rank)
 
     def pool(self, sums: Sums) -> Sums:
