@@ -458,7 +458,8 @@ def test_processes_share_threads_ram_and_shared_memory() -> None:
         return make_plan("a", facts(), machine(*[gpu()] * 4, **rest), {"num_processes": number, "batch_size": 1})
 
     four, one = (plan(n, threads=32, ram_gib=120, shm_gib=60) for n in (4, 1))
-    assert (four.num_threads, four.num_workers, one.num_workers) == (8, 6, 8)
+    assert (four.num_threads, four.num_workers, one.num_threads, one.num_workers) == (2, 6, 8, 8)
+    assert "32 threads, shared by 4 processes, 2 beside 6 workers of each" in reason(four, "num_threads")
     assert (four.accumulate_batches, one.accumulate_batches) == (1, 2)
     assert "4 patches a step (at least 2), 1 at once in each of 4 processes" in reason(four, "accumulate_batches")
     assert four.predicted_ram_bytes == pytest.approx(4 * (0.7 + 6 * 0.6) * GIB, rel=1e-6)
@@ -468,6 +469,16 @@ def test_processes_share_threads_ram_and_shared_memory() -> None:
     assert little.num_workers < 3
     assert little.predicted_ram_bytes < 16 * GIB
     assert four.sampling.crops_per_step == 4
+
+
+@cheap
+def test_threads_that_the_user_wants_are_not_given_to_workers() -> None:
+    def plan(**asked: int) -> Plan:
+        return make_plan("a", facts(), machine(gpu(), threads=12, ram_gib=64, shm_gib=32), asked)
+
+    assert (plan().num_threads, plan().num_workers) == (4, 8)
+    assert (plan(num_threads=7).num_threads, plan(num_threads=7).num_workers) == (7, 5)
+    assert (plan(num_workers=2).num_threads, plan(num_workers=11).num_threads) == (8, 1)
 
 
 @cheap

@@ -144,7 +144,7 @@ def test_a_numbered_gpu_is_the_one_that_counts() -> None:
 def test_workers_shrink_to_what_all_processes_leave_room_for() -> None:
     small = machine(*[gpu("A100", 40)] * 4, threads=12, ram_gib=512, shm_gib=256)
     changes, _ = shrink(of_four(num_threads=8, num_workers=8), small, "auto")
-    assert changes == {"num_threads": 3, "num_workers": 1}
+    assert changes == {"num_threads": 2, "num_workers": 1}
 
 
 def test_what_the_user_chose_for_a_machine_stays_there() -> None:
@@ -160,7 +160,7 @@ def test_a_cpu_gets_all_its_threads_and_no_workers() -> None:
 
 def test_threads_and_workers_shrink_to_what_the_machine_has() -> None:
     changes, _ = shrink(PLAN, machine(gpu("A100", 40), threads=3, ram_gib=128, shm_gib=64), "auto")
-    assert changes == {"num_threads": 3, "num_workers": 1}
+    assert changes == {"num_threads": 2, "num_workers": 1}
     no_shm, _ = shrink(PLAN, machine(gpu("A100", 40), threads=16, ram_gib=128, shm_gib=0), "auto")
     assert no_shm == {"num_workers": 0}
 

@@ -21,7 +21,7 @@ RAM_SHARE = 0.6
 BASE_PROCESS_BYTES = int(0.7 * GIB)
 WORKER_BYTES = int(0.6 * GIB)
 BATCHES_IN_FLIGHT = 3
-MAX_WORKERS = 8
+MAX_WORKERS, MAX_FEEDING = 8, 8
 CHECKPOINTS, STORED_TENSORS = 4, 4  # last, previous, best and the one being written; weights, average and moments
 MOST_VOXELS, MOST_PATCHES = {True: 32 * 256**2, False: 4 * 192**3}, 128  # on a GPU, at once; flat, solid
 MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
@@ -139,14 +139,17 @@ def choose_accumulate(draft: Draft) -> Choice:
 
 
 def choose_num_threads(draft: Draft) -> Choice:
-    """Return the threads of one training process."""
-    there, processes = draft.hardware.cpu_threads, draft["num_processes"]
-    threads = max(1, there // processes)
-    shared = f", shared by {processes}" if processes > 1 else ""
+    """Return the threads of one training process: what loader processes leave, and no more than feed a GPU."""
+    there, processes, workers = draft.hardware.cpu_threads, draft["num_processes"], draft["num_workers"]
+    threads = max(1, (there - processes * workers) // processes)
+    shared = f", shared by {processes} processes" if processes > 1 else ""
+    left = f", {threads} beside {counted(workers, 'worker')}" if workers else ""
+    left += " of each" if workers and processes > 1 else ""
     if draft["device"] == "cpu":
-        return Choice(threads, f"all of the {counted(there, 'thread')} this process may use{shared}", "hardware")
-    because = f"the GPU computes; a few of {counted(there, 'thread')} feed it{shared}"
-    return Choice(min(threads, 8), because, "hardware")
+        because = f"all of the {counted(there, 'thread')} this process may use{shared}{left}"
+        return Choice(threads, because, "hardware")
+    because = f"{counted(there, 'thread')}{shared}{left}; the GPU computes, at most {MAX_FEEDING} feed it"
+    return Choice(min(threads, MAX_FEEDING), because, "hardware")
 
 
 def choose_num_workers(draft: Draft) -> Choice:
@@ -157,21 +160,25 @@ def choose_num_workers(draft: Draft) -> Choice:
         )
     voxels = math.prod(draft["patch_size_zyx"]) * draft["batch_size"] * draft["accumulate_batches"]
     batch_bytes = 4 * voxels * (draft["input_slices"] + 1)
-    workers, because = workers_on(draft.hardware, batch_bytes, draft["num_processes"])
+    threads = draft.settings.get("num_threads", 1)
+    workers, because = workers_on(draft.hardware, batch_bytes, draft["num_processes"], threads)
     return Choice(workers, because, "hardware")
 
 
-def workers_on(hardware: Hardware, batch_bytes: int, num_processes: int = 1) -> tuple[int, str]:
+def workers_on(hardware: Hardware, batch_bytes: int, num_processes: int = 1, threads: int = 1) -> tuple[int, str]:
     """Return how many loader processes a machine has room for beside a GPU, for each training process, and why.
+
+    `threads` are those that a training process needs at least itself.
 
     Threads, RAM and /dev/shm are shared by all of them: four of five processes each once filled 120 GB.
     """
     ram = hardware.ram_bytes * RAM_SHARE / 2 - (num_processes - 1) * BASE_PROCESS_BYTES
     by_ram = max(0, int(ram // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes)))
     by_shm = int(hardware.shm_bytes // (BATCHES_IN_FLIGHT * batch_bytes))
-    by_threads = (hardware.cpu_threads - 1) // num_processes - 1
+    by_threads = min((hardware.cpu_threads - 1) // num_processes - 1, hardware.cpu_threads // num_processes - threads)
     workers = max(0, min(MAX_WORKERS, by_threads, by_ram // num_processes, by_shm // num_processes))
-    because = f"{counted(hardware.cpu_threads, 'thread')}; RAM allows {by_ram}, /dev/shm {by_shm}"
+    kept = f", {threads} of them for each training process" if threads > 1 else ""
+    because = f"{counted(hardware.cpu_threads, 'thread')}{kept}; RAM allows {by_ram}, /dev/shm {by_shm}"
     because += f", for {num_processes} processes together" if num_processes > 1 else ""
     if by_shm // num_processes < min(MAX_WORKERS, by_threads, by_ram // num_processes):
         small = f"{BATCHES_IN_FLIGHT} batches of {batch_bytes / 2**20:.0f} MiB for each must fit into its "

@@ -97,13 +97,17 @@ def _fit_host(plan: Plan, hardware: Hardware, kind: str, processes: int, change:
         change("num_threads", threads, "the CPU computes")
         change("num_workers", 0, "a worker would take its thread from the network")
         return
-    if plan.num_threads > threads:
-        shared = f", {local} processes share them" if local > 1 else ""
-        change("num_threads", threads, f"{hardware.name} has {hardware.cpu_threads}{shared}")
     batch_bytes = 4 * math.prod(plan.patch_size_zyx) * (plan.patches_per_step // processes)
     workers, why = workers_on(hardware, batch_bytes * (plan.input_slices + 1), local)
-    if plan.num_workers > workers and _smaller(hardware, plan.hardware):  # on its own machine they were chosen
+    tighter = _smaller(hardware, plan.hardware) or local > plan.num_processes  # on its own machine they were chosen
+    if tighter and plan.num_workers > workers:
         change("num_workers", workers, why)
+    workers = min(plan.num_workers, workers) if tighter else 0
+    threads = max(1, hardware.cpu_threads // local - workers)
+    if plan.num_threads > threads:
+        shared = f", {local} processes share them" if local > 1 else ""
+        beside = f", {counted(workers, 'worker')} of each among them" if workers else ""
+        change("num_threads", threads, f"{hardware.name} has {hardware.cpu_threads}{shared}{beside}")
 
 
 def _smaller(hardware: Hardware, planned: Hardware) -> bool:
