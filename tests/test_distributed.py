@@ -97,6 +97,25 @@ def test_two_processes_take_the_steps_of_one(
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
 
 
+def test_weights_are_sent_only_to_who_has_others(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, genuine = list[Any](), Team.tell
+
+    def tell(team: Team, value: Any) -> Any:
+        told = genuine(team, value)
+        sent.append(told)
+        return told
+
+    monkeypatch.setattr(Team, "tell", tell)
+    plan = plan_for(place, 2, optimizer__num_steps=4)
+    train(plan, place[0], tmp_path / "run", cache=place[1], observer=StopAt(2))
+    assert not any(isinstance(value, Tensor) for value in sent), "a fresh run: all of them know the seed"
+    sent.clear()
+    train(plan, place[0], tmp_path / "run", cache=place[1])
+    assert sum(isinstance(value, Tensor) for value in sent) == len(everything(tmp_path / "run"))
+
+
 def test_a_resumed_run_of_two_processes_equals_the_straight_one_bit_for_bit(
     straight: tuple[Plan, Path], place: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -12,12 +12,14 @@ Several processes (`num_processes`) go through the same loop side by side; the f
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -270,15 +272,30 @@ class _Session:
             self.learner.scaler.load_state_dict(self.learner.scaler.state_dict() | scale)
 
     def _share(self, header: CheckpointHeader | None) -> CheckpointHeader:
-        """Let every process start from what the first one has restored."""
+        """Let every process start from what the first one has restored; what all have from the seed is not sent."""
         if self.team.size == 1 and header is not None:
             return header
-        both = [{name: t.cpu() for name, t in x.items()} for x in (self.learner.averaged, self.learner.state())]
-        told: CheckpointHeader
-        told, (weights, state) = self.team.tell((header, both))
-        if not self.team.first:
-            self._restore(told, weights, state)
-        return told
+        own = _digest(self.learner.averaged) + _digest(self.learner.state())
+        told: tuple[CheckpointHeader, str] = self.team.tell((header, own))
+        if self.team.add_up(np.array([told[1] != own], np.int64)).any():
+            weights, state = (self._told(x) for x in (self.learner.averaged, self.learner.state()))
+            if not self.team.first:
+                self._restore(told[0], weights, state)
+        return told[0]
+
+    def _told(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the first process's tensors, sent one by one."""
+        names: list[str] = self.team.tell(list(tensors))
+        told = {name: self.team.tell(tensors[name].cpu() if self.team.first else None) for name in names}
+        return {} if self.team.first else told
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _line(step: int, result: StepResult, wait_s: float, step_s: float) -> dict[str, Any]:
