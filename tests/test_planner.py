@@ -462,13 +462,47 @@ def test_processes_share_threads_ram_and_shared_memory() -> None:
     assert "32 threads, shared by 4 processes, 2 beside 6 workers of each" in reason(four, "num_threads")
     assert (four.accumulate_batches, one.accumulate_batches) == (1, 2)
     assert "4 patches a step (at least 2), 1 at once in each of 4 processes" in reason(four, "accumulate_batches")
-    assert four.predicted_ram_bytes == pytest.approx(4 * (0.7 + 6 * 0.6) * GIB, rel=1e-6)
+    batch_gib = 4 * math.prod(four.patch_size_zyx) * (four.input_slices + 1) / GIB
+    state_gib = 4 * 4 * 10**6 / GIB  # weights, average, and two moments
+    expected = 4 * (0.7 + state_gib + 6 * (0.6 + 3 * batch_gib))
+    assert four.predicted_ram_bytes == pytest.approx(expected * GIB, rel=1e-6)
     assert "4 times: process 0.7 GiB + 6 workers" in reason(four, "predicted_ram_bytes")
     assert "for 4 processes together" in reason(four, "num_workers")
     little = plan(4, threads=32, ram_gib=16, shm_gib=60)
     assert little.num_workers < 3
     assert little.predicted_ram_bytes < 16 * GIB
     assert four.sampling.crops_per_step == 4
+
+
+@cheap
+def test_more_workers_or_threads_than_a_machine_has_room_for_are_refused_with_what_fits() -> None:
+    def plan(*cards: Gpu, **asked: int) -> Plan:
+        return make_plan("a", facts(), machine(*cards, threads=8, ram_gib=16, shm_gib=32), asked)
+
+    for cards, field, number in (
+        ([gpu()], "num_workers", 200),
+        ([], "num_workers", 200),
+        ([gpu()], "num_threads", 500),
+        ([], "num_threads", 9),
+    ):
+        with pytest.raises(PlanError, match=rf"^{field}: .*--set {field}=\d+ fits$") as refused:
+            plan(*cards, **{field: number})
+        most = int(str(refused.value).rsplit("=", 1)[1].split()[0])
+        assert value_of(plan(*cards, **{field: most}), field) == most
+        with pytest.raises(PlanError, match=f"^{field}: "):
+            plan(*cards, **{field: most + 1})
+    with pytest.raises(PlanError, match=r"num_threads: 5 in each of 2 processes, and bench has 8: --set num_threads=4"):
+        plan(num_processes=2, num_threads=5)
+    with pytest.raises(PlanError, match=r"num_processes: 40 of 0.7 GiB each, .* --set num_processes=12 fits"):
+        plan(num_processes=40)
+    assert plan(num_processes=12).num_processes == 12
+    little = machine(*[gpu()] * 4, threads=8, ram_gib=3.12)
+    remedy = (
+        r"num_processes: 4 processes need 2.9 GiB, 2.8 GiB of RAM .*: --set num_processes=3 --set num_workers=0 fits"
+    )
+    with pytest.raises(PlanError, match=remedy):
+        make_plan("a", facts(), little, {"num_processes": 4})
+    assert make_plan("a", facts(), little, {"num_processes": 3, "num_workers": 0}).num_processes == 3
 
 
 @cheap
