@@ -488,7 +488,9 @@ def test_more_workers_or_threads_than_a_machine_has_room_for_are_refused_with_wh
         with pytest.raises(PlanError, match=rf"^{field}: .*--set {field}=\d+ fits$") as refused:
             plan(*cards, **{field: number})
         most = int(str(refused.value).rsplit("=", 1)[1].split()[0])
-        assert value_of(plan(*cards, **{field: most}), field) == most
+        fitting = plan(*cards, **{field: most})
+        assert value_of(fitting, field) == most
+        assert fitting.predicted_ram_bytes <= 0.9 * 16 * GIB
         with pytest.raises(PlanError, match=f"^{field}: "):
             plan(*cards, **{field: most + 1})
     with pytest.raises(PlanError, match=r"num_threads: 5 in each of 2 processes, and bench has 8: --set num_threads=4"):
