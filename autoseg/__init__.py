@@ -13,7 +13,7 @@ The house, floors from top to bottom; a module imports only from floors below, t
     ├── plan/              WHAT TO DO
     │                      fingerprint.py · crops.py (counts) · hardware.py · planner.py (order of the rules) · draft.py
     │                      rules_data.py · rules_split.py · rules_patch.py · rules_network.py · rules_loss.py
-    │                      rules_sampling.py · rules_machine.py · rules_training.py
+    │                      rules_sampling.py · rules_machine.py · cards.py (which GPUs) · rules_training.py
     │                      evidence.py, rules_scores.py (of a run) · extents.py (full patches) · weighting.py
     │                      resolution.py (groups of classes)
     │                      shipped.py · shrink.py (a smaller machine)

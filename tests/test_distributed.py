@@ -26,8 +26,8 @@ from torch import Tensor
 import autoseg.train.team
 from autoseg.data.classes import UNKNOWN
 from autoseg.data.dataset import open_dataset
-from autoseg.errors import DataError, PlanError
-from autoseg.model import windows
+from autoseg.errors import DataError, LostProcess, PlanError
+from autoseg.model import checkpoint, windows
 from autoseg.model.groups import Groups
 from autoseg.model.losses import CodeTable, CodeTargets, outputs_of, supervised_loss
 from autoseg.model.sums import Sums
@@ -108,6 +108,25 @@ def test_two_processes_have_seen_the_voxels_of_both(place: tuple[Path, Path], tm
     assert len(found[0][0]) == 4, "three classes that exclude each other, and a background"
     assert torch.equal(found[0][0], found[1][0])
     assert [line["loss"] for line in found[1][1]] == pytest.approx([line["loss"] for line in found[0][1]], rel=1e-5)
+
+
+def test_weights_are_sent_only_to_who_has_others(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, genuine = list[Any](), Team.tell
+
+    def tell(team: Team, value: Any) -> Any:
+        told = genuine(team, value)
+        sent.append(told)
+        return told
+
+    monkeypatch.setattr(Team, "tell", tell)
+    plan = plan_for(place, 2, optimizer__num_steps=4)
+    train(plan, place[0], tmp_path / "run", cache=place[1], observer=StopAt(2))
+    assert not any(isinstance(value, Tensor) for value in sent), "a fresh run: all of them know the seed"
+    sent.clear()
+    train(plan, place[0], tmp_path / "run", cache=place[1])
+    assert sum(isinstance(value, Tensor) for value in sent) == len(everything(tmp_path / "run"))
 
 
 def test_a_resumed_run_of_two_processes_equals_the_straight_one_bit_for_bit(
@@ -303,6 +322,57 @@ def test_a_process_that_dies_ends_the_training_with_one_line_of_its_number_and_r
     assert len(done.stderr.splitlines()) == 1
 
 
+WAITING = """
+import sys, time
+from pathlib import Path
+import torch
+from autoseg.errors import DataError
+from autoseg.train import launch
+
+def work(team):
+    raise DataError("crop7", "is damaged", "repair it")
+
+if __name__ == "__main__":
+    launch.GRACE_S = 0.2
+    with launch.assembled(2, torch.device("cpu"), work) as team:
+        if sys.argv[1:]:
+            with team.unbroken:
+                time.sleep(4)
+                Path("whole").touch()
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_process_that_waits_for_a_dead_one_without_gloo_is_ended_but_not_while_it_saves(
+    tmp_path: Path, saving: bool
+) -> None:
+    (tmp_path / "main.py").write_text(WAITING)
+    command = [sys.executable, "main.py", *(["saving"] if saving else [])]
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (2, "crop7: is damaged: repair it\n")
+    assert (tmp_path / "whole").exists() == saving
+
+
+def test_a_checkpoint_is_written_where_nothing_may_end_the_process(
+    place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team, genuine, held = Team(), checkpoint.save_checkpoint, list[bool]()
+
+    def watched(*args: Any, **named: Any) -> None:
+        held.append(team.unbroken.locked())
+        genuine(*args, **named)
+
+    monkeypatch.setattr(launch, "ALONE", team)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", watched)
+    train(plan_for(place, 1, optimizer__num_steps=2), place[0], tmp_path / "run", cache=place[1])
+    assert held
+    assert all(held)
+    assert not team.unbroken.locked()
+
+
 def refuse(_: Team) -> None:
     raise DataError("crop7", "is damaged", "repair it")
 
@@ -311,11 +381,21 @@ def stumble(_: Team) -> None:
     raise ZeroDivisionError("by nought")
 
 
+def overflow(team: Team) -> None:
+    def raising(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    torch.distributed.all_reduce = raising
+    team.tell(None)
+    team.add_up(np.zeros(1, np.int64))
+
+
 @pytest.mark.parametrize(
     ("work", "kind", "message"),
     [
         (refuse, DataError, "^crop7: is damaged: repair it$"),
         (stumble, RuntimeError, "^rank 1: ZeroDivisionError: by nought"),
+        (overflow, RuntimeError, "^rank 1: RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"),
     ],
 )
 def test_an_error_of_another_process_is_raised_by_the_first(work: Any, kind: type[Exception], message: str) -> None:
@@ -327,6 +407,33 @@ def test_an_error_of_another_process_is_raised_by_the_first(work: Any, kind: typ
     with pytest.raises(kind, match=message):
         count()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (torch.distributed.DistNetworkError("the store is gone"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+    ],
+)
+def test_only_what_torch_distributed_says_of_others_is_a_lost_process(error: Exception, lost: bool) -> None:
+    with pytest.raises(LostProcess if lost else RuntimeError) as found, autoseg.train.team._together():
+        raise error
+    assert (found.value is error) != lost
+
+
+def test_who_only_missed_another_says_so_where_nobody_knows_more() -> None:
+    here, there = multiprocessing.Pipe(duplex=False)
+    said = LostProcess("rank 2", "another of its processes is gone", "see what that one says")
+    there.send(said)
+    found, by_itself = launch._reason(2, launch.LOST, here)
+    assert (str(found), by_itself) == (str(said), False)
+    there.close()
+    assert launch._reason(2, launch.LOST, here) == (None, False)
+    assert launch._reason(2, 1, here)[1]
 
 
 def exchange(team: Team) -> None:
@@ -414,11 +521,27 @@ def test_another_number_of_processes_than_planned_is_refused(monkeypatch: pytest
         assert team is ALONE
 
 
-def test_batch_norm_in_several_processes_on_a_cpu_is_refused(place: tuple[Path, Path]) -> None:
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Team(3, 4, local_rank=1).device(torch.device("cuda")) == torch.device("cuda:1")
+    assert Team(2, 4, local_rank=2).device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(
+        PlanError, match=r"^rank 2: is process 2 of its machine, which has 2 GPUs: start at most 2 on it"
+    ):
+        Team(2, 4, local_rank=2).device(torch.device("cuda"))
+
+
+def test_batch_norm_in_several_processes_on_a_cpu_is_refused(place: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"network\.norm: batch with 2 processes on the CPU.*use group or instance"):
         plan_for(place, 2, network__norm="batch")
     plan = plan_for(place, 2)
     check_plan(msgspec.structs.replace(plan, device="cuda"), "plan")
+    alone = plan_for(place, 1, network__norm="batch")
+    shared = msgspec.structs.replace(alone, num_processes=2, batch_size=1)
+    for used, device in ((shared, "auto"), (msgspec.structs.replace(shared, device="cuda"), "cpu")):
+        with pytest.raises(PlanError, match=r"network\.norm: batch with 2 processes on the CPU"):
+            train(alone, place[0], tmp_path / "run", used=used, device=device, cache=place[1])
+    assert not (tmp_path / "run").exists()
 
 
 # ---- GPUs ---------------------------------------------------------------------------------------------------

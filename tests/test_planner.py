@@ -80,6 +80,11 @@ def gpu(name: str = "RTX 3090", gib: float = 24, *, bf16: bool = True, fp16: boo
     return Gpu(name=name, memory_bytes=int(gib * GIB), free_bytes=int(gib * GIB), bf16=bf16, fp16=fp16)
 
 
+def busy(free_gib: float, gib: float = 80) -> Gpu:
+    """Return a GPU that other processes use."""
+    return msgspec.structs.replace(gpu(gib=gib), free_bytes=int(free_gib * GIB))
+
+
 def facts(
     shape: VoxelsZYX = (20, 512, 512),
     voxel: NmZYX = (50.0, 4.6, 4.6),
@@ -425,6 +430,15 @@ def test_a_step_is_priced_only_on_the_device_that_was_measured() -> None:
         ([gpu(gib=11), gpu("V100", 11, bf16=False), gpu(gib=11)], 1, "2 GPUs from V100 on are not used"),
         ([gpu(gib=24)] * 3 + [gpu("T4", 16)], 3, "3 GPUs of 24.0 to 24.0 GiB"),
         ([gpu(gib=24)], 1, "one GPU of 24.0 GiB with bf16 and fp16"),
+        ([busy(2), gpu(gib=80)], 2, "2 GPUs of 80.0 to 80.0 GiB with bf16 and fp16, one process each; to use 1 x 68.0"),
+        ([gpu(gib=80), busy(2)] + [gpu(gib=80)] * 2, 1, "; to use 3 x 68.0 GiB, set CUDA_VISIBLE_DEVICES=0,2,3"),
+        ([gpu(gib=80)] * 3 + [busy(2)], 3, "GPU 3 has 77.4 of 80.0 GiB in use, with it 4 x 2.2 GiB could be used inst"),
+        ([gpu(gib=80)] * 3 + [busy(70)], 4, "4 GPUs of 80.0 to 80.0 GiB"),
+        (
+            [gpu("T400", 4)] + [gpu(gib=80)] * 2,
+            1,
+            "that one has 80.0 GiB or other formats; to use 2 x 68.0 GiB, set CU",
+        ),
         ([], 1, "one process uses all of 16 threads"),
     ],
 )
@@ -433,6 +447,8 @@ def test_gpus_that_are_alike_train_together(cards: list[Gpu], number: int, becau
     assert plan.num_processes == number
     assert because in reason(plan, "num_processes")
     assert "stay free" not in reason(plan, "device")
+    if number == len(cards) and not any(card.free_bytes < card.memory_bytes for card in cards):
+        assert "CUDA_VISIBLE_DEVICES" not in reason(plan, "num_processes")
     assert plan.patches_per_step == plan.batch_size * plan.accumulate_batches * number
 
 
@@ -442,16 +458,63 @@ def test_processes_share_threads_ram_and_shared_memory() -> None:
         return make_plan("a", facts(), machine(*[gpu()] * 4, **rest), {"num_processes": number, "batch_size": 1})
 
     four, one = (plan(n, threads=32, ram_gib=120, shm_gib=60) for n in (4, 1))
-    assert (four.num_threads, four.num_workers, one.num_workers) == (8, 6, 8)
+    assert (four.num_threads, four.num_workers, one.num_threads, one.num_workers) == (2, 6, 8, 8)
+    assert "32 threads, shared by 4 processes, 2 beside 6 workers of each" in reason(four, "num_threads")
     assert (four.accumulate_batches, one.accumulate_batches) == (1, 2)
     assert "4 patches a step (at least 2), 1 at once in each of 4 processes" in reason(four, "accumulate_batches")
-    assert four.predicted_ram_bytes == pytest.approx(4 * (0.7 + 6 * 0.6) * GIB, rel=1e-6)
+    batch_gib = 4 * math.prod(four.patch_size_zyx) * (four.input_slices + 1) / GIB
+    state_gib = 4 * 4 * 10**6 / GIB  # weights, average, and two moments
+    expected = 4 * (0.7 + state_gib + 6 * (0.6 + 3 * batch_gib))
+    assert four.predicted_ram_bytes == pytest.approx(expected * GIB, rel=1e-6)
     assert "4 times: process 0.7 GiB + 6 workers" in reason(four, "predicted_ram_bytes")
     assert "for 4 processes together" in reason(four, "num_workers")
     little = plan(4, threads=32, ram_gib=16, shm_gib=60)
     assert little.num_workers < 3
     assert little.predicted_ram_bytes < 16 * GIB
     assert four.sampling.crops_per_step == 4
+
+
+@cheap
+def test_more_workers_or_threads_than_a_machine_has_room_for_are_refused_with_what_fits() -> None:
+    def plan(*cards: Gpu, **asked: int) -> Plan:
+        return make_plan("a", facts(), machine(*cards, threads=8, ram_gib=16, shm_gib=32), asked)
+
+    for cards, field, number in (
+        ([gpu()], "num_workers", 200),
+        ([], "num_workers", 200),
+        ([gpu()], "num_threads", 500),
+        ([], "num_threads", 9),
+    ):
+        with pytest.raises(PlanError, match=rf"^{field}: .*--set {field}=\d+ fits$") as refused:
+            plan(*cards, **{field: number})
+        most = int(str(refused.value).rsplit("=", 1)[1].split()[0])
+        fitting = plan(*cards, **{field: most})
+        assert value_of(fitting, field) == most
+        assert fitting.predicted_ram_bytes <= 0.9 * 16 * GIB
+        with pytest.raises(PlanError, match=f"^{field}: "):
+            plan(*cards, **{field: most + 1})
+    with pytest.raises(PlanError, match=r"num_threads: 5 in each of 2 processes, and bench has 8: --set num_threads=4"):
+        plan(num_processes=2, num_threads=5)
+    with pytest.raises(PlanError, match=r"num_processes: 40 of 0.7 GiB each, .* --set num_processes=12 fits"):
+        plan(num_processes=40)
+    assert plan(num_processes=12).num_processes == 12
+    little = machine(*[gpu()] * 4, threads=8, ram_gib=3.12)
+    remedy = (
+        r"num_processes: 4 processes need 2.9 GiB, 2.8 GiB of RAM .*: --set num_processes=3 --set num_workers=0 fits"
+    )
+    with pytest.raises(PlanError, match=remedy):
+        make_plan("a", facts(), little, {"num_processes": 4})
+    assert make_plan("a", facts(), little, {"num_processes": 3, "num_workers": 0}).num_processes == 3
+
+
+@cheap
+def test_threads_that_the_user_wants_are_not_given_to_workers() -> None:
+    def plan(**asked: int) -> Plan:
+        return make_plan("a", facts(), machine(gpu(), threads=12, ram_gib=64, shm_gib=32), asked)
+
+    assert (plan().num_threads, plan().num_workers) == (4, 8)
+    assert (plan(num_threads=7).num_threads, plan(num_threads=7).num_workers) == (7, 5)
+    assert (plan(num_workers=2).num_threads, plan(num_workers=11).num_threads) == (8, 1)
 
 
 @cheap
@@ -475,8 +538,9 @@ def test_any_number_of_processes_may_share_a_cpu_and_on_gpus_one_for_each() -> N
 def test_the_fullest_gpu_and_the_lesser_format_count_for_all() -> None:
     shared = msgspec.structs.replace(gpu(), free_bytes=6 * GIB)
     fixed = {"patch_size_zyx": (1, 64, 64)}
-    both = make_plan("a", facts(), machine(gpu(), shared, threads=8, ram_gib=64), fixed)
-    assert both.num_processes == 2
+    cards = machine(gpu(), shared, threads=8, ram_gib=64)
+    assert make_plan("a", facts(), cards, fixed).num_processes == 1
+    both = make_plan("a", facts(), cards, fixed | {"num_processes": 2})
     assert "beside the 17.4 GiB of other processes" in reason(both, "batch_size")
     mixed = machine(gpu(), gpu("V100", 24, bf16=False), threads=8, ram_gib=64)
     assert make_plan("a", facts(), mixed, fixed).precision == "bf16"

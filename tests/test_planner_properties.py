@@ -12,13 +12,13 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_planner import GIB, cheap, facts, fingerprints, gpu, machine, machines, reason, thick, value_of
+from test_planner import GIB, cheap, cheap_trace, facts, fingerprints, gpu, machine, machines, reason, thick, value_of
 
 from autoseg.errors import PlanError
 from autoseg.model.memory import trace_step
 from autoseg.plan import gpus_of_run, make_plan, parse_settings, read_hardware, share_hardware
 from autoseg.plan.rules_machine import max_batch, room_on
-from autoseg.schema import Fingerprint, Hardware, save
+from autoseg.schema import Fingerprint, Gpu, Hardware, save
 
 Inputs = tuple[Fingerprint, Hardware]
 
@@ -238,3 +238,63 @@ def test_a_plan_for_a_machine_stands_for_it(tmp_path: Path) -> None:
     save(facts(), tmp_path / "facts.json")
     with pytest.raises(PlanError, match="neither a machine nor a plan"):
         read_hardware(str(tmp_path / "facts.json"))
+
+
+# ---- any GPUs, some of them busy: budgets that are counted here, not by the rules -----------------------------
+
+
+def some_gpu(gib: float, free: float, formats: int) -> Gpu:
+    card = gpu("any", gib, bf16=formats == 2, fp16=formats >= 1)
+    return _replace(card, free_bytes=int(free * card.memory_bytes))
+
+
+sizes, formats = st.sampled_from([4, 10, 11, 24, 80]), st.integers(0, 2)
+any_gpus = st.lists(st.builds(some_gpu, sizes, st.floats(0, 1), formats), min_size=1, max_size=6)
+gpus_of_one_kind = st.builds(
+    lambda gib, kind, free: [some_gpu(gib, share, kind) for share in free],
+    st.sampled_from([24, 80]),
+    formats,
+    st.lists(st.floats(0.1, 1), min_size=2, max_size=4),
+)
+
+
+@cheap
+@settings(max_examples=200)
+@given(
+    st.one_of(any_gpus, gpus_of_one_kind),
+    st.integers(1, 96),
+    st.floats(2, 80),
+    st.sampled_from([0, 1, 32, 120]),
+    st.sampled_from([facts(), facts((200, 400, 400), (8.0, 8.0, 8.0))]),
+    st.data(),
+)
+def test_a_plan_keeps_within_the_free_memory_of_its_gpus_the_threads_and_the_ram(
+    cards: list[Gpu], threads: int, ram_gib: float, shm_gib: int, found: Fingerprint, data: st.DataObject
+) -> None:
+    hardware = machine(*cards, threads=threads, ram_gib=ram_gib, shm_gib=shm_gib)
+    number = data.draw(st.sampled_from([None, None, *range(1, len(cards) + 1)]))
+    workers = data.draw(st.one_of(st.none(), st.integers(0, 120)))
+    asked = {k: v for k, v in {"num_processes": number, "num_workers": workers}.items() if v is not None}
+    try:
+        plan = make_plan("any", found, hardware, asked)
+    except PlanError as error:
+        refused = str(error)
+        assert refused.startswith(("batch_size: one patch of", *(f"{field}: " for field in asked))), refused
+        return
+    processes, used = plan.num_processes, cards[: plan.num_processes]
+    cost = cheap_trace(plan.network, plan.input_slices, len(plan.classes), plan.patch_size_zyx)
+    traced = cost.fixed_bytes + plan.batch_size * cost.patch_bytes
+    for card in used:
+        mine = min(card.memory_bytes, card.free_bytes + 600 * 2**20)  # less what asking took
+        assert traced * 1.1 + 600 * 2**20 <= 0.85 * mine + 1
+        assert plan.precision != "bf16" or card.bf16
+        assert plan.precision != "fp16" or card.fp16
+    assert processes * (plan.num_threads + plan.num_workers) <= max(threads, processes * (1 + (workers or 0)))
+    assert plan.predicted_ram_bytes <= 0.9 * hardware.ram_bytes
+    batch = plan.patches_per_step // processes * math.prod(plan.patch_size_zyx) * 4 * (plan.input_slices + 1)
+    assert workers or processes * plan.num_workers * 3 * batch <= hardware.shm_bytes
+    assert plan.predicted_ram_bytes >= processes * plan.num_workers * 3 * batch
+    if number is None:
+        assert all((card.bf16, card.fp16) == (cards[0].bf16, cards[0].fp16) for card in used)
+        free = [min(card.memory_bytes, card.free_bytes + 600 * 2**20) for card in used]
+        assert processes * min(free) >= free[0] * 0.999, "the first alone would have had more"

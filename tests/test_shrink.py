@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from strategies import make_dataset
-from test_planner import facts, gpu, machine, tiny_plan
+from test_planner import busy, facts, gpu, machine, tiny_facts_plan, tiny_plan
 
 from autoseg.errors import PlanError
 from autoseg.model.memory import trace_step
@@ -20,6 +20,7 @@ from autoseg.train import loop
 
 BIG = machine(gpu("A100", 40), threads=16, ram_gib=128, shm_gib=64)
 PLAN = make_plan("big", facts((64, 400, 400), (8.0, 8.0, 8.0)), BIG, {"batch_size": 4, "patch_size_zyx": (64, 64, 64)})
+SMALL: dict[str, Any] = {"patch_size_zyx": (1, 64, 64), "batch_size": 4}
 GIB = 2**30
 
 
@@ -101,10 +102,49 @@ def test_as_many_as_torchrun_started_share_a_step() -> None:
         shrink(of_four(), here, "auto", 3)
 
 
+def test_batch_norm_on_a_cpu_is_for_one_process_that_torchrun_starts() -> None:
+    plan = tiny_facts_plan()
+    assert (plan.device, plan.network.norm) == ("cpu", "batch")
+    with pytest.raises(
+        PlanError, match=r"torchrun: 2 processes on the CPU .*batch norm.*start one, or plan with --set"
+    ):
+        shrink(plan, machine(), "auto", 2)
+    assert "num_processes" not in shrink(plan, machine(), "auto", 1)[0]
+    changes, _ = shrink(msgspec.structs.replace(plan, device="cuda"), machine(gpu(), gpu()), "cuda", 2)
+    assert changes["num_processes"] == 2
+
+
+def test_only_gpus_that_are_alike_and_free_enough_train_a_plan_together() -> None:
+    two = [gpu("A100", 40)] * 2
+    planned = make_plan("two", facts(), machine(*two, threads=16, ram_gib=128, shm_gib=64), SMALL)
+    assert (planned.num_processes, planned.precision) == (2, "bf16")
+    expected = {"num_processes": 1, "accumulate_batches": 2 * planned.accumulate_batches}
+    for other, why in ((gpu("V100", 40, bf16=False), "from V100 on are not used"), (busy(2, 40), "GPU 1 has 37.4 of")):
+        here = machine(two[0], other, threads=16, ram_gib=128, shm_gib=64)
+        changes, because = shrink(planned, here, "auto")
+        assert changes == expected
+        assert why in because[0]
+    mixed = machine(two[0], gpu("V100", 40, bf16=False), threads=16, ram_gib=128, shm_gib=64)
+    assert shrink(planned, mixed, "auto", 2)[0] == {"precision": "fp16"}, "torchrun started two"
+    told = make_plan("own", facts(), mixed, SMALL | {"num_processes": 2})
+    assert shrink(told, mixed, "auto") == ({}, []), "the user wanted both"
+
+
+def test_a_numbered_gpu_is_the_one_that_counts() -> None:
+    cost = trace_step(PLAN.network, PLAN.input_slices, 2, PLAN.patch_size_zyx, PLAN.precision, PLAN.loss)
+    small = gpu("small", cost.memory_bytes(2, "cuda") / 0.85 / GIB + 0.01, bf16=False)
+    here = machine(gpu("A100", 40), small, threads=16, ram_gib=128, shm_gib=64)
+    assert shrink(PLAN, here, "auto") == shrink(PLAN, here, "cuda:0") == ({}, [])
+    changes, _ = shrink(PLAN, here, "cuda:1")
+    assert (changes["precision"], changes["batch_size"]) == ("fp16", 2)
+    for absent in ("cuda:2", "cuda:x"):
+        assert shrink(PLAN, here, absent) == ({}, []), "training refuses it"
+
+
 def test_workers_shrink_to_what_all_processes_leave_room_for() -> None:
     small = machine(*[gpu("A100", 40)] * 4, threads=12, ram_gib=512, shm_gib=256)
     changes, _ = shrink(of_four(num_threads=8, num_workers=8), small, "auto")
-    assert changes == {"num_threads": 3, "num_workers": 1}
+    assert changes == {"num_threads": 2, "num_workers": 1}
 
 
 def test_what_the_user_chose_for_a_machine_stays_there() -> None:
@@ -120,7 +160,7 @@ def test_a_cpu_gets_all_its_threads_and_no_workers() -> None:
 
 def test_threads_and_workers_shrink_to_what_the_machine_has() -> None:
     changes, _ = shrink(PLAN, machine(gpu("A100", 40), threads=3, ram_gib=128, shm_gib=64), "auto")
-    assert changes == {"num_threads": 3, "num_workers": 1}
+    assert changes == {"num_threads": 2, "num_workers": 1}
     no_shm, _ = shrink(PLAN, machine(gpu("A100", 40), threads=16, ram_gib=128, shm_gib=0), "auto")
     assert no_shm == {"num_workers": 0}
 

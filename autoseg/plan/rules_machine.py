@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,51 +11,42 @@ import msgspec
 
 from autoseg.errors import PlanError, counted
 from autoseg.geometry import VoxelsZYX
-from autoseg.model.memory import CUDA_CONTEXT_BYTES, StepCost, trace_step
+from autoseg.model.memory import StepCost, trace_step
+from autoseg.plan.cards import explain_cards, held_bytes, leading, usable_bytes_of
 from autoseg.plan.draft import Choice, Draft
 from autoseg.schema import Gpu, Hardware, Loss, Network, Plan
 
 GIB = 2**30
-VRAM_SHARE = 0.85
-RAM_SHARE = 0.6
-BASE_PROCESS_BYTES = int(0.7 * GIB)
+RAM_SHARE, MOST_RAM_SHARE = 0.6, 0.9  # of a step or of workers; of all together
+BASE_PROCESS_BYTES, USUAL_PROCESS_BYTES = int(0.7 * GIB), int(1.2 * GIB)  # alone; with 30 M parameters to store
 WORKER_BYTES = int(0.6 * GIB)
 BATCHES_IN_FLIGHT = 3
-MAX_WORKERS = 8
+MAX_WORKERS, MAX_FEEDING = 8, 8
 CHECKPOINTS, STORED_TENSORS = 4, 4  # last, previous, best and the one being written; weights, average and moments
 MOST_VOXELS, MOST_PATCHES = {True: 32 * 256**2, False: 4 * 192**3}, 128  # on a GPU, at once; flat, solid
 MIN_STEPS = 400  # on a CPU, batches of 8 are halved rather than take fewer
 # Of a step; measured on VNC, two CPU cores: 6 to 8 % (one thread, bf16), without workers.
 DATA_SHARE = 0.07
 DEFAULT_BUDGET_S = {"cpu": 1800.0, "cuda": 6 * 3600.0}
-ALIKE = 0.1  # by how much the memory of GPUs may differ that train together
 
 
 def choose_num_processes(draft: Draft) -> Choice:
-    """Return the training processes: one for each of the first GPUs that are alike, one on a CPU."""
-    hardware = draft.hardware
+    """Return the training processes: one for each of the first GPUs that are alike and as free, one on a CPU."""
+    hardware, asked = draft.hardware, draft.settings.get("num_processes", 1)
+    if asked * BASE_PROCESS_BYTES > hardware.ram_bytes * MOST_RAM_SHARE and asked > 1:
+        what = (
+            f"{asked} of {BASE_PROCESS_BYTES / GIB:.1f} GiB each, and there are {hardware.ram_bytes / GIB:.1f} of RAM"
+        )
+        most = max(1, int(hardware.ram_bytes * MOST_RAM_SHARE // USUAL_PROCESS_BYTES))
+        raise PlanError("num_processes", what, f"--set num_processes={most} fits")
     if draft["device"] == "cpu":
         return Choice(1, f"one process uses all of {counted(hardware.cpu_threads, 'thread')}", "hardware")
-    gpus, one = hardware.gpus, hardware.gpus[0]
-    alike = list(itertools.takewhile(lambda gpu: _alike(gpu, one), gpus))
-    number = max(1, min(len(alike), hardware.cpu_threads, int(hardware.ram_bytes * RAM_SHARE // BASE_PROCESS_BYTES)))
-    formats = " and ".join(name for name in ("bf16", "fp16") if getattr(one, name)) or "fp32 alone"
-    least, most = (size(gpu.memory_bytes for gpu in alike) / GIB for size in (min, max))
-    because = f"{counted(len(alike), 'GPU')} of {least:.1f} to {most:.1f} GiB with {formats}, one process each"
-    if len(alike) == 1:
-        because = f"one GPU of {most:.1f} GiB with {formats}"
-    if len(alike) < len(gpus):
-        because += f"; {counted(len(gpus) - len(alike), 'GPU')} from {gpus[len(alike)].name} on are not used: "
-        because += f"that one has {gpus[len(alike)].memory_bytes / GIB:.1f} GiB or other formats"
-    if number < len(alike):
+    cards, because = leading(hardware.gpus), explain_cards(hardware.gpus)
+    number = max(1, min(cards, hardware.cpu_threads, int(hardware.ram_bytes * RAM_SHARE // USUAL_PROCESS_BYTES)))
+    if number < cards:
         because += f"; {counted(hardware.cpu_threads, 'thread')} and {hardware.ram_bytes / GIB:.1f} GiB of RAM feed "
         because += f"{number}"
     return Choice(number, because, "hardware")
-
-
-def _alike(gpu: Gpu, one: Gpu) -> bool:
-    formats = (gpu.bf16, gpu.fp16) == (one.bf16, one.fp16)
-    return formats and abs(gpu.memory_bytes - one.memory_bytes) <= ALIKE * one.memory_bytes
 
 
 def choose_batch_size(draft: Draft) -> Choice:
@@ -134,15 +124,15 @@ def room_on(hardware: Hardware, device: str, num_processes: int = 1) -> tuple[in
     """Return the bytes that a training step of one process may take on that device of a machine, and of what."""
     if device == "cpu":
         shared = f", shared by {num_processes} processes" if num_processes > 1 else ""
-        return int(hardware.ram_bytes * RAM_SHARE / num_processes), f"RAM{shared}"
+        rest = hardware.ram_bytes * MOST_RAM_SHARE - num_processes * BASE_PROCESS_BYTES
+        return int(max(0.0, min(hardware.ram_bytes * RAM_SHARE, rest)) / num_processes), f"RAM{shared}"
     return min(_room_on_gpu(gpu) for gpu in hardware.gpus[:num_processes])
 
 
 def _room_on_gpu(gpu: Gpu) -> tuple[int, str]:
-    # asking a GPU what is free takes a context, which the memory of a step counts already
-    held = max(0, gpu.memory_bytes - gpu.free_bytes - CUDA_CONTEXT_BYTES)
+    held = held_bytes(gpu)
     others = f" beside the {held / GIB:.1f} GiB of other processes" if held else ""
-    return int((gpu.memory_bytes - held) * VRAM_SHARE), f"GPU memory{others}"
+    return usable_bytes_of(gpu), f"GPU memory{others}"
 
 
 def choose_accumulate(draft: Draft) -> Choice:
@@ -156,14 +146,21 @@ def choose_accumulate(draft: Draft) -> Choice:
 
 
 def choose_num_threads(draft: Draft) -> Choice:
-    """Return the threads of one training process."""
-    there, processes = draft.hardware.cpu_threads, draft["num_processes"]
-    threads = max(1, there // processes)
-    shared = f", shared by {processes}" if processes > 1 else ""
+    """Return the threads of one training process: what loader processes leave, and no more than feed a GPU."""
+    there, processes, workers = draft.hardware.cpu_threads, draft["num_processes"], draft["num_workers"]
+    most, asked = max(1, there // processes), draft.settings.get("num_threads", 1)
+    if asked > most:
+        what = f"{asked} in each of {counted(processes, 'process')}, and {draft.hardware.name} has {there}"
+        raise PlanError("num_threads", what, f"--set num_threads={most} fits")
+    threads = max(1, (there - processes * workers) // processes)
+    shared = f", shared by {processes} processes" if processes > 1 else ""
+    left = f", {threads} beside {counted(workers, 'worker')}" if workers else ""
+    left += " of each" if workers and processes > 1 else ""
     if draft["device"] == "cpu":
-        return Choice(threads, f"all of the {counted(there, 'thread')} this process may use{shared}", "hardware")
-    because = f"the GPU computes; a few of {counted(there, 'thread')} feed it{shared}"
-    return Choice(min(threads, 8), because, "hardware")
+        because = f"all of the {counted(there, 'thread')} this process may use{shared}{left}"
+        return Choice(threads, because, "hardware")
+    because = f"{counted(there, 'thread')}{shared}{left}; the GPU computes, at most {MAX_FEEDING} feed it"
+    return Choice(min(threads, MAX_FEEDING), because, "hardware")
 
 
 def choose_num_workers(draft: Draft) -> Choice:
@@ -172,28 +169,40 @@ def choose_num_workers(draft: Draft) -> Choice:
         return Choice(
             0, "a batch costs 6 to 21 % of a step: a worker would take its thread from the network", "measured, CPU"
         )
-    voxels = math.prod(draft["patch_size_zyx"]) * draft["batch_size"] * draft["accumulate_batches"]
-    batch_bytes = 4 * voxels * (draft["input_slices"] + 1)
-    workers, because = workers_on(draft.hardware, batch_bytes, draft["num_processes"])
+    threads = draft.settings.get("num_threads", 1)
+    workers, because = workers_on(draft.hardware, _batch_bytes(draft), draft["num_processes"], threads)
     return Choice(workers, because, "hardware")
 
 
-def workers_on(hardware: Hardware, batch_bytes: int, num_processes: int = 1) -> tuple[int, str]:
+def _batch_bytes(draft: Draft) -> int:
+    """Return the bytes of the batch of a step of one process."""
+    voxels = math.prod(draft["patch_size_zyx"]) * draft["batch_size"] * draft["accumulate_batches"]
+    return 4 * int(voxels) * (int(draft["input_slices"]) + 1)
+
+
+def workers_on(hardware: Hardware, batch_bytes: int, num_processes: int = 1, threads: int = 1) -> tuple[int, str]:
     """Return how many loader processes a machine has room for beside a GPU, for each training process, and why.
+
+    `threads` are those that a training process needs at least itself.
 
     Threads, RAM and /dev/shm are shared by all of them: four of five processes each once filled 120 GB.
     """
     ram = hardware.ram_bytes * RAM_SHARE / 2 - (num_processes - 1) * BASE_PROCESS_BYTES
-    by_ram = max(0, int(ram // (WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes)))
+    by_ram = max(0, int(ram // _worker_bytes(batch_bytes)))
     by_shm = int(hardware.shm_bytes // (BATCHES_IN_FLIGHT * batch_bytes))
-    by_threads = (hardware.cpu_threads - 1) // num_processes - 1
+    by_threads = min((hardware.cpu_threads - 1) // num_processes - 1, hardware.cpu_threads // num_processes - threads)
     workers = max(0, min(MAX_WORKERS, by_threads, by_ram // num_processes, by_shm // num_processes))
-    because = f"{counted(hardware.cpu_threads, 'thread')}; RAM allows {by_ram}, /dev/shm {by_shm}"
+    kept = f", {threads} of them for each training process" if threads > 1 else ""
+    because = f"{counted(hardware.cpu_threads, 'thread')}{kept}; RAM allows {by_ram}, /dev/shm {by_shm}"
     because += f", for {num_processes} processes together" if num_processes > 1 else ""
     if by_shm // num_processes < min(MAX_WORKERS, by_threads, by_ram // num_processes):
         small = f"{BATCHES_IN_FLIGHT} batches of {batch_bytes / 2**20:.0f} MiB for each must fit into its "
         because += f"; {small}{hardware.shm_bytes / 2**20:.0f} MiB: enlarge it (docker run --shm-size) to have more"
     return workers, because
+
+
+def _worker_bytes(batch_bytes: int) -> int:
+    return WORKER_BYTES + BATCHES_IN_FLIGHT * batch_bytes
 
 
 def choose_memory(draft: Draft) -> Choice:
@@ -213,18 +222,37 @@ def choose_memory(draft: Draft) -> Choice:
 
 
 def choose_ram(draft: Draft) -> Choice:
-    """Return the predicted host memory, in bytes."""
-    processes = draft["num_processes"]
-    on_host = draft["predicted_memory_bytes"] if draft["device"] == "cpu" else 0
-    workers = draft["num_workers"] * WORKER_BYTES
-    because = f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {counted(draft['num_workers'], 'worker')}"
-    because = f"{processes} times: {because}" if processes > 1 else because
+    """Return the predicted host memory, in bytes; PlanError where the machine has less."""
+    processes, workers, batch_bytes = draft["num_processes"], draft["num_workers"], _batch_bytes(draft)
+    worker = _worker_bytes(batch_bytes)
     if draft["device"] == "cpu":
-        step = f"{on_host / 2**20:.1f} MiB of the step"
-        because, source = f"{because} + {step}", "measured: 0.8 GiB at peak, VNC plan"
+        kept, source = draft["predicted_memory_bytes"], "measured: 0.8 GiB at peak, VNC plan"
+        what = f"{kept / 2**20:.1f} MiB of the step"
     else:
-        because, source = f"{because} of {WORKER_BYTES / GIB:.1f} GiB", "estimated"
-    return Choice(processes * (BASE_PROCESS_BYTES + workers + on_host), because, source)
+        kept, source = STORED_TENSORS * 4 * step_cost(draft).num_parameters, "estimated"
+        what = f"{kept / 2**20:.1f} MiB of weights and optimizer, while they are stored or restored"
+    because = f"process {BASE_PROCESS_BYTES / GIB:.1f} GiB + {counted(workers, 'worker')}"
+    of_each = f"{WORKER_BYTES / GIB:.1f} GiB and {BATCHES_IN_FLIGHT} batches of {batch_bytes:,} bytes"
+    because += f" of {of_each}" if workers else ""
+    because = f"{processes} times: {because}" if processes > 1 else because
+    one = BASE_PROCESS_BYTES + kept
+    need = processes * (one + workers * worker)
+    if need > draft.hardware.ram_bytes * MOST_RAM_SHARE:
+        raise PlanError(*_too_little_ram(draft, one, worker))
+    return Choice(need, f"{because} + {what}", source)
+
+
+def _too_little_ram(draft: Draft, one: int, worker: int) -> tuple[str, str, str]:
+    """Return (field, what, remedy) where processes of `one` byte each, and their workers, need too much."""
+    processes, workers, limit = draft["num_processes"], draft["num_workers"], draft.hardware.ram_bytes * MOST_RAM_SHARE
+    what = f"{counted(processes, 'process', 'need')} {processes * (one + workers * worker) / GIB:.1f} GiB"
+    what += f" with {counted(workers, 'worker')} each" if workers else ""
+    what += f", {limit / GIB:.1f} GiB of RAM may be used"
+    if processes * one <= limit:
+        return "num_workers", what, f"--set num_workers={int((limit / processes - one) // worker)} fits"
+    if one <= limit:
+        return "num_processes", what, f"--set num_processes={int(limit // one)} --set num_workers=0 fits"
+    return "num_processes", what, f"it takes a machine with {one / MOST_RAM_SHARE / GIB:.1f} GiB"
 
 
 def choose_disk(draft: Draft) -> Choice:

@@ -26,12 +26,15 @@ def choose_precision(draft: Draft) -> Choice:
             return Choice("bf16", f"{draft.hardware.cpu_name} multiplies bf16 natively", "hardware")
         return Choice("fp32", f"{draft.hardware.cpu_name} would only emulate bf16", "hardware")
     used = draft.hardware.gpus[: draft["num_processes"]]
-    gpu = next((gpu for gpu in used if not gpu.bf16), used[0])
-    if gpu.bf16:
-        return Choice("bf16", f"{gpu.name} has bf16: the range of fp32, no loss scaling", "hardware")
-    if gpu.fp16:
-        return Choice("fp16", f"{gpu.name} has no bf16; fp16 with a gradient scaler", "hardware")
-    return Choice("fp32", f"{gpu.name} has neither bf16 nor fast fp16", "hardware")
+    without_bf16, without_fp16 = (next((g for g in used if not getattr(g, name)), None) for name in ("bf16", "fp16"))
+    if without_bf16 is None:
+        return Choice("bf16", f"{used[0].name} has bf16: the range of fp32, no loss scaling", "hardware")
+    if without_fp16 is None:
+        return Choice("fp16", f"{without_bf16.name} has no bf16; fp16 with a gradient scaler", "hardware")
+    lacking = f"{without_fp16.name} has neither bf16 nor fast fp16"
+    if without_fp16.bf16:
+        lacking = f"{without_fp16.name} has no fast fp16, {without_bf16.name} no bf16"
+    return Choice("fp32", lacking, "hardware")
 
 
 def choose_kind(draft: Draft) -> Choice:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
+
 from autoseg.errors import PlanError, counted
 from autoseg.model.memory import trace_step
+from autoseg.plan.cards import explain_cards, leading
 from autoseg.plan.rules_machine import GIB, room_on, workers_on
-from autoseg.schema import Hardware, Plan
+from autoseg.schema import Gpu, Hardware, Plan
 
 
 def shrink(plan: Plan, hardware: Hardware, device: str, started: int | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -31,14 +34,15 @@ def shrink(plan: Plan, hardware: Hardware, device: str, started: int | None = No
     kind = plan.device if device == "auto" else device.split(":", maxsplit=1)[0]
     if kind == "cuda" and device == "auto" and not hardware.gpus:
         kind = "cpu"
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not hardware.gpus):
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not _cards(hardware, device, 1)):
         return {}, []  # a device that is not there, which training refuses
     if kind != plan.device:
         change("device", kind, f"{hardware.name} has no GPU" if not hardware.gpus else f"--device {device}")
+    processes, why = _processes(plan, hardware, kind, device, started)
+    hardware = msgspec.structs.replace(hardware, gpus=_cards(hardware, device, processes))
     precision = _precision(plan, hardware, kind)
     if precision != plan.precision:
         change("precision", precision, f"the {kind.upper()} here has no {plan.precision}")
-    processes, why = _processes(plan, hardware, kind, device, started)
     if processes != plan.num_processes:
         change("num_processes", processes, why)
     _fit_memory(plan, hardware, kind, precision, processes, change)
@@ -50,6 +54,9 @@ def _processes(plan: Plan, hardware: Hardware, kind: str, device: str, started: 
     """Return how many processes can share the patches of a step here, no more than planned, and what limits them."""
     patches = plan.patches_per_step
     if started:
+        if started > 1 and kind == "cpu" and plan.network.norm == "batch":
+            what = f"{started} processes on the CPU would each have batch norm statistics of their own"
+            raise PlanError("torchrun", what, "start one, or plan with --set network.norm=group")
         if patches % started:
             fitting = [str(n) for n in range(1, patches + 1) if patches % n == 0]
             what = f"{counted(started, 'process')} cannot share the {counted(patches, 'patch')} of a step evenly"
@@ -59,10 +66,27 @@ def _processes(plan: Plan, hardware: Hardware, kind: str, device: str, started: 
         return (plan.num_processes, "") if plan.device == "cpu" else (1, "one process uses all threads of a CPU")
     if ":" in device:
         return 1, f"--device {device} is one"
-    there = min(plan.num_processes, len(hardware.gpus))
-    number = next(n for n in range(there, 0, -1) if patches % n == 0)
-    even = "" if number == there else f", and {number} share {counted(patches, 'patch')} evenly"
-    return number, f"{hardware.name} has {counted(len(hardware.gpus), 'GPU')}{even}"
+    there = hardware.gpus[: plan.num_processes]
+    together, limit = len(there), f"{hardware.name} has {counted(len(hardware.gpus), 'GPU')}"
+    if there and _chosen(plan) and leading(there) < together:
+        together, limit = leading(there), explain_cards(there)
+    number = next(n for n in range(together, 0, -1) if patches % n == 0)
+    even = "" if number == together else f", and {number} share {counted(patches, 'patch')} evenly"
+    return number, limit + even
+
+
+def _chosen(plan: Plan) -> bool:
+    """Return whether the planner would let these GPUs train together, too, rather than the user alone."""
+    planned = plan.hardware.gpus[: plan.num_processes]
+    return len(planned) == plan.num_processes == leading(planned)
+
+
+def _cards(hardware: Hardware, device: str, processes: int) -> tuple[Gpu, ...]:
+    """Return the GPUs of this machine that so many processes train on; a device with a number is one of them."""
+    number = device.partition(":")[2]
+    if number and processes == 1:
+        return hardware.gpus[int(number) :][:1] if number.isdecimal() else ()
+    return hardware.gpus[:processes]
 
 
 def _fit_host(plan: Plan, hardware: Hardware, kind: str, processes: int, change: Any) -> None:
@@ -73,13 +97,17 @@ def _fit_host(plan: Plan, hardware: Hardware, kind: str, processes: int, change:
         change("num_threads", threads, "the CPU computes")
         change("num_workers", 0, "a worker would take its thread from the network")
         return
-    if plan.num_threads > threads:
-        shared = f", {local} processes share them" if local > 1 else ""
-        change("num_threads", threads, f"{hardware.name} has {hardware.cpu_threads}{shared}")
     batch_bytes = 4 * math.prod(plan.patch_size_zyx) * (plan.patches_per_step // processes)
     workers, why = workers_on(hardware, batch_bytes * (plan.input_slices + 1), local)
-    if plan.num_workers > workers and _smaller(hardware, plan.hardware):  # on its own machine they were chosen
+    tighter = _smaller(hardware, plan.hardware) or local > plan.num_processes  # on its own machine they were chosen
+    if tighter and plan.num_workers > workers:
         change("num_workers", workers, why)
+    workers = min(plan.num_workers, workers) if tighter else 0
+    threads = max(1, hardware.cpu_threads // local - workers)
+    if plan.num_threads > threads:
+        shared = f", {local} processes share them" if local > 1 else ""
+        beside = f", {counted(workers, 'worker')} of each among them" if workers else ""
+        change("num_threads", threads, f"{hardware.name} has {hardware.cpu_threads}{shared}{beside}")
 
 
 def _smaller(hardware: Hardware, planned: Hardware) -> bool:
@@ -98,9 +126,9 @@ def _precision(plan: Plan, hardware: Hardware, kind: str) -> str:
     if kind == "cpu":
         chosen = plan.device == "cpu" and not plan.hardware.cpu_bf16
         return plan.precision if chosen else "bf16" if hardware.cpu_bf16 else "fp32"
-    here, there = hardware.gpus[0], plan.hardware.gpus[: plan.num_processes]
-    if plan.precision == "bf16" and not here.bf16 and all(gpu.bf16 for gpu in there):
-        return "fp16" if here.fp16 else "fp32"
+    here, there = hardware.gpus, plan.hardware.gpus[: plan.num_processes]
+    if plan.precision == "bf16" and not all(gpu.bf16 for gpu in here) and all(gpu.bf16 for gpu in there):
+        return "fp16" if all(gpu.fp16 for gpu in here) else "fp32"
     return plan.precision
 
 

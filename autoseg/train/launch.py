@@ -38,7 +38,7 @@ from autoseg.train.team import ALONE, Team
 HOST = "127.0.0.1"
 LEAKS = "ignore::UserWarning:multiprocessing.resource_tracker"
 WAIT = timedelta(hours=6)  # for one that validates or saves; one that died is noticed at once
-START_S, GRACE_S, END_S = 300.0, 30.0, 60.0
+START_S, GRACE_S, END_S, SAVE_S = 300.0, 30.0, 60.0, 600.0
 LOST = 3  # exit code of a process that ends for want of another
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Work = Callable[[Team], object]
@@ -108,10 +108,11 @@ def _crew(size: int, kind: str, work: Work) -> Iterator[Team]:
     try:
         others.wait_until_ready()
         with _group(store, 0, size, kind) as team:
+            others.unbroken = team.unbroken
             yield team
         others.let_end()
     except LostProcess as lost:
-        raise others.reason() or lost from None
+        raise others.reason(lost) from None
     finally:
         others.kill()
 
@@ -122,7 +123,7 @@ class _Others:
     def __init__(self, size: int, port: int, kind: str, work: Work) -> None:
         context = multiprocessing.get_context("spawn")
         self._processes: dict[int, tuple[SpawnProcess, Connection]] = {}
-        self._left, self._lock = threading.Event(), threading.Lock()
+        self._left, self._lock, self.unbroken = threading.Event(), threading.Lock(), threading.Lock()
         with _deaf_to_ctrl_c(), _silent_on_leaks():
             for rank in range(1, size):
                 here, there = context.Pipe(duplex=False)
@@ -155,17 +156,22 @@ class _Others:
             self._exit_code(process)
             pipe.close()
 
-    def reason(self) -> Exception | None:
-        """Return why that one ended which did so by itself, not for want of another; None if none did."""
+    def reason(self, lost: LostProcess | None = None) -> Exception:
+        """Return why that one ended which did so by itself; else `lost`, else what one says that missed another."""
+        if lost:  # this process has noticed, and ends by itself
+            self._left.set()
+        missed: Exception | None = lost
         running, deadline = dict(self._processes), time.monotonic() + GRACE_S
         while running and (left_s := deadline - time.monotonic()) > 0:
             ended = wait([process.sentinel for process, _ in running.values()], left_s)
             for rank, (process, pipe) in list(running.items()):
                 if process.sentinel in ended:
                     del running[rank]
-                    if found := _reason(rank, self._exit_code(process), pipe):
+                    found, by_itself = _reason(rank, self._exit_code(process), pipe)
+                    if found and by_itself:
                         return found
-        return None
+                    missed = missed or found
+        return missed or LostProcess("training", "one of its processes ended", "the same command goes on")
 
     def _exit_code(self, process: SpawnProcess) -> int | None:
         with self._lock:  # two threads that wait for one process confuse each other
@@ -173,7 +179,10 @@ class _Others:
             return process.exitcode
 
     def _watch(self) -> None:
-        """End this process where another one died and NCCL waits for it forever; gloo notices by itself."""
+        """End this process where another one died and NCCL waits for it forever; gloo notices by itself.
+
+        A checkpoint that is being written is finished before.
+        """
         running = [process for process, _ in self._processes.values()]
         while running:
             ended = wait([process.sentinel for process in running])
@@ -181,23 +190,25 @@ class _Others:
                 running.remove(process)
                 if self._exit_code(process) and not self._left.wait(GRACE_S):
                     reason = self.reason()
+                    self.unbroken.acquire(timeout=SAVE_S)
                     sys.stderr.write(f"{' '.join(str(reason).split())}\n")
                     sys.stderr.flush()
                     os._exit(2 if isinstance(reason, AutosegError) else 1)
 
 
-def _reason(rank: int, code: int | None, pipe: Connection) -> Exception | None:
-    """Return what a process that has ended said, or what its exit code says; None if it only missed another."""
+def _reason(rank: int, code: int | None, pipe: Connection) -> tuple[Exception | None, bool]:
+    """Return what a process that has ended said, or what its exit code says, and whether it ended by itself."""
     with suppress(EOFError, OSError):
         if pipe.poll() and isinstance(error := pipe.recv(), Exception):
-            return error
+            return error, code != LOST
     if code is not None and code < 0:
         what = f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
         remedy = "free memory, or plan with fewer num_workers; the same command goes on from the last checkpoint"
-        return LostProcess(f"rank {rank}", what, remedy)
+        return LostProcess(f"rank {rank}", what, remedy), True
     if code in (0, LOST):
-        return None
-    return LostProcess(f"rank {rank}", f"ended with exit code {code}", "see what it said; the same command goes on")
+        return None, False
+    what = f"ended with exit code {code}"
+    return LostProcess(f"rank {rank}", what, "see what it said; the same command goes on"), True
 
 
 def _work_as(rank: int, size: int, port: int, kind: str, work: Work, pipe: Connection) -> None:
@@ -208,7 +219,8 @@ def _work_as(rank: int, size: int, port: int, kind: str, work: Work, pipe: Conne
         store = TCPStore(HOST, port, is_master=False, timeout=WAIT)
         with _group(store, rank, size, kind) as team:
             work(team)
-    except LostProcess:
+    except LostProcess as lost:
+        pipe.send(LostProcess(f"rank {rank}", lost.what, lost.remedy))
         sys.exit(LOST)
     except (AutosegError, OSError) as error:
         pipe.send(error)

@@ -12,12 +12,14 @@ Several processes (`num_processes`) go through the same loop side by side; the f
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +85,7 @@ def train(
     dataset = open_dataset(data)
     used = used or plan
     target = device_of(device, used)
+    check_plan(msgspec.structs.replace(used, device=target.type), plan.name)
     check_data(used, dataset)
     source = StepDataset(used, data, cache or default_cache())
     source.first()
@@ -218,9 +221,10 @@ class _Session:
             self.header, grad_scale=scaler.get("scale"), grad_scale_growth=int(scaler.get("_growth_tracker", 0))
         )
         folder = self.run / "checkpoints"
-        checkpoint.save_checkpoint(folder, self.header, self.learner.averaged, self.learner.state(), best=best)
-        if best and self.header.decode is not None:
-            save(self.header.decode, self.run / "decode.json")
+        with self.team.unbroken:
+            checkpoint.save_checkpoint(folder, self.header, self.learner.averaged, self.learner.state(), best=best)
+            if best and self.header.decode is not None:
+                save(self.header.decode, self.run / "decode.json")
         self.saved_step, self.saved_at = self.header.step, time.monotonic()
 
     def _initialize(self) -> None:
@@ -268,15 +272,30 @@ class _Session:
             self.learner.scaler.load_state_dict(self.learner.scaler.state_dict() | scale)
 
     def _share(self, header: CheckpointHeader | None) -> CheckpointHeader:
-        """Let every process start from what the first one has restored."""
+        """Let every process start from what the first one has restored; what all have from the seed is not sent."""
         if self.team.size == 1 and header is not None:
             return header
-        both = [{name: t.cpu() for name, t in x.items()} for x in (self.learner.averaged, self.learner.state())]
-        told: CheckpointHeader
-        told, (weights, state) = self.team.tell((header, both))
-        if not self.team.first:
-            self._restore(told, weights, state)
-        return told
+        own = _digest(self.learner.averaged) + _digest(self.learner.state())
+        told: tuple[CheckpointHeader, str] = self.team.tell((header, own))
+        if self.team.add_up(np.array([told[1] != own], np.int64)).any():
+            weights, state = (self._told(x) for x in (self.learner.averaged, self.learner.state()))
+            if not self.team.first:
+                self._restore(told[0], weights, state)
+        return told[0]
+
+    def _told(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the first process's tensors, sent one by one."""
+        names: list[str] = self.team.tell(list(tensors))
+        told = {name: self.team.tell(tensors[name].cpu() if self.team.first else None) for name in names}
+        return {} if self.team.first else told
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _line(step: int, result: StepResult, wait_s: float, step_s: float) -> dict[str, Any]:

@@ -13,7 +13,9 @@ their mean, after every backward pass or by exception, and put a wrapper around 
 
 from __future__ import annotations
 
+import re
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,11 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
-from autoseg.errors import LostProcess
+from autoseg.errors import LostProcess, PlanError, counted
 from autoseg.model.sums import Sums
 
 BUCKET_BYTES = 2**25
 STOP = "autoseg/stop"
+GLOO = re.compile(r"gloo[/\\]")  # whose errors have no type, but begin with the file of its source
 Asked = Callable[[], str | None]
 
 
@@ -37,6 +40,7 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Store | None = None) -> None:
         self.rank, self.size = rank, size
+        self.unbroken = threading.Lock()  # held where this process must not be ended
         self._local_rank, self._store = local_rank, store
 
     @property
@@ -45,9 +49,12 @@ class Team:
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this process's own device of that kind."""
+        """Return this process's own device of that kind; PlanError where its machine has none for it."""
         if self.size == 1 or device.type == "cpu":
             return device
+        if self._local_rank >= (there := torch.cuda.device_count()):
+            what = f"is process {self._local_rank} of its machine, which has {counted(there, 'GPU')}"
+            raise PlanError(f"rank {self.rank}", what, f"start at most {there} on it, or use --device cpu")
         return torch.device("cuda", self._local_rank)
 
     def pool(self, sums: Sums) -> Sums:
@@ -141,9 +148,11 @@ def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Turn what torch.distributed raises where another process is gone into one line."""
+    """Turn what torch.distributed raises where another process is gone into one line; other errors are this one's."""
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not GLOO.search(str(error)):
+            raise
         why = str(error).strip().splitlines()[0]
         raise LostProcess("training", f"another of its processes is gone ({why})", "see what that one says") from error
