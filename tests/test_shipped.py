@@ -76,6 +76,19 @@ def test_a_shipped_plan_is_what_the_planner_makes_of_the_shipped_fingerprint_and
     assert plan.predicted_ram_bytes < 0.6 * hardware.ram_bytes
 
 
+def test_the_plan_of_two_cores_is_what_the_planner_makes_of_its_data_and_machine() -> None:
+    found = load_as(ROOT / "tests/golden/fingerprint-vnc.json", Fingerprint)
+    path = ROOT / "plans/vnc-two-cores.json"
+    before = load_as(path, Plan)
+    plan = make_plan("vnc-two-cores", found, before.hardware, {"budget_s": 240.0})
+    if os.environ.get("AUTOSEG_WRITE_GOLDEN"):
+        save(plan, path)
+        before = plan
+    assert plan.predicted_memory_bytes == pytest.approx(before.predicted_memory_bytes, rel=0.02)
+    quiet: dict[str, Any] = {"predicted_memory_bytes": 0, "predicted_ram_bytes": 0, "reasons": ()}
+    assert msgspec.structs.replace(plan, **quiet) == msgspec.structs.replace(before, **quiet)
+
+
 def test_the_shipped_fingerprint_is_the_challenge_s_and_says_what_it_does_not_know() -> None:
     found = load_as(shipped.shipped_files("fingerprints")["cellmap"], Fingerprint)
     assert (len(found.crops), len(found.volumes), len(found.classes)) == (289, 22, 48)
