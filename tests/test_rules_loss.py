@@ -87,6 +87,18 @@ def test_the_plan_knows_every_strategy() -> None:
     assert set(get_args(Weighting)) == set(STRATEGIES)
 
 
+@cheap
+def test_weighted_ce_weighs_classes_and_balanced_softmax_has_their_shares() -> None:
+    found = filling(pm=0.16, mito=0.04)
+    weighted = make_plan("a", found, machine(), {"loss.kind": "weighted_ce"})
+    assert (weighted.class_weighting, weighted.loss.bce_weight) == ("sqrt_inverse_median", 1)
+    assert weighted.class_weights["mito"] > weighted.class_weights["pm"]
+    balanced = make_plan("a", found, machine(), {"loss.kind": "balanced_softmax"})
+    assert balanced.loss.priors == {"pm": pytest.approx(0.16), "mito": pytest.approx(0.04)}
+    assert "pm 0.16, mito 0.04" in reason(balanced, "loss.priors")
+    assert make_plan("a", found, machine(), {}).loss.priors == {}
+
+
 # ---- seconds of a step ---------------------------------------------------------------------------------------
 
 
