@@ -496,8 +496,8 @@ def test_more_workers_or_threads_than_a_machine_has_room_for_are_refused_with_wh
     with pytest.raises(PlanError, match=r"num_threads: 5 in each of 2 processes, and bench has 8: --set num_threads=4"):
         plan(num_processes=2, num_threads=5)
     with pytest.raises(PlanError, match=r"num_processes: 40 of 0.7 GiB each, .* --set num_processes=12 fits"):
-        plan(num_processes=40)
-    assert plan(num_processes=12).num_processes == 12
+        make_plan("a", facts(), machine(threads=64, ram_gib=16), {"num_processes": 40})
+    assert make_plan("a", facts(), machine(threads=64, ram_gib=16), {"num_processes": 12}).num_processes == 12
     little = machine(*[gpu()] * 4, threads=8, ram_gib=3.12)
     remedy = (
         r"num_processes: 4 processes need 2.9 GiB, 2.8 GiB of RAM .*: --set num_processes=3 --set num_workers=0 fits"
