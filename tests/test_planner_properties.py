@@ -298,3 +298,14 @@ def test_a_plan_keeps_within_the_free_memory_of_its_gpus_the_threads_and_the_ram
         assert all((card.bf16, card.fp16) == (cards[0].bf16, cards[0].fp16) for card in used)
         free = [min(card.memory_bytes, card.free_bytes + 600 * 2**20) for card in used]
         assert processes * min(free) >= free[0] * 0.999, "the first alone would have had more"
+
+
+@cheap
+def test_where_one_voxel_size_serves_all_classes_one_plan_is_made(tmp_path: Path) -> None:
+    from autoseg.cli import main
+
+    save(facts(), tmp_path / "f.json")
+    out = tmp_path / "p.json"
+    asked = ["--fingerprint", str(tmp_path / "f.json"), "--hardware", "laptop", "--by-resolution", "--out", str(out)]
+    assert main(["plan", *asked, "--cache", str(tmp_path / "cache")]) == 0
+    assert [path.name for path in sorted(tmp_path.glob("p*.json"))] == ["p.json"]

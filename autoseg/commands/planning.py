@@ -174,8 +174,11 @@ def _by_resolution(
         if field in settings:
             raise PlanError(f"--set {field}", "is what --by-resolution chooses for each plan", "leave out one of them")
     every = make_plan(out.stem, facts, hardware, settings | {"split.voxel_edge_nm": ANY_EDGE_NM})
+    groups = resolution_groups(facts, every.class_names)
+    if len(groups) == 1:
+        return {out: (settings, "one voxel size serves all classes: there is nothing to split")}
     found = {}
-    for group in resolution_groups(facts, every.class_names):
+    for group in groups:
         own = {
             field: {name: v for name, v in value.items() if name in group.classes} if field.endswith(".*") else value
             for field, value in settings.items()
