@@ -424,16 +424,16 @@ def test_a_step_is_priced_only_on_the_device_that_was_measured() -> None:
 @pytest.mark.parametrize(
     ("cards", "number", "because"),
     [
-        ([gpu(gib=24)] * 2, 2, "2 GPUs of 24.0 to 24.0 GiB with bf16 and fp16, one process each"),
+        ([gpu(gib=24)] * 2, 2, "2 GPUs of 24.0 GiB with bf16 and fp16, one process each"),
         ([gpu(gib=24), gpu(gib=22)], 2, "2 GPUs of 22.0 to 24.0 GiB with bf16 and fp16, one process each"),
         ([gpu(gib=24), gpu("T4", 16)], 1, "1 GPU from T4 on are not used: that one has 16.0 GiB"),
         ([gpu(gib=11), gpu("V100", 11, bf16=False), gpu(gib=11)], 1, "2 GPUs from V100 on are not used"),
-        ([gpu(gib=24)] * 3 + [gpu("T4", 16)], 3, "3 GPUs of 24.0 to 24.0 GiB"),
+        ([gpu(gib=24)] * 3 + [gpu("T4", 16)], 3, "3 GPUs of 24.0 GiB"),
         ([gpu(gib=24)], 1, "one GPU of 24.0 GiB with bf16 and fp16"),
-        ([busy(2), gpu(gib=80)], 2, "2 GPUs of 80.0 to 80.0 GiB with bf16 and fp16, one process each; to use 1 x 68.0"),
+        ([busy(2), gpu(gib=80)], 2, "2 GPUs of 80.0 GiB with bf16 and fp16, one process each; to use 1 x 68.0"),
         ([gpu(gib=80), busy(2)] + [gpu(gib=80)] * 2, 1, "; to use 3 x 68.0 GiB, set CUDA_VISIBLE_DEVICES=0,2,3"),
         ([gpu(gib=80)] * 3 + [busy(2)], 3, "GPU 3 has 77.4 of 80.0 GiB in use, with it 4 x 2.2 GiB could be used inst"),
-        ([gpu(gib=80)] * 3 + [busy(70)], 4, "4 GPUs of 80.0 to 80.0 GiB"),
+        ([gpu(gib=80)] * 3 + [busy(70)], 4, "4 GPUs of 80.0 GiB"),
         (
             [gpu("T400", 4)] + [gpu(gib=80)] * 2,
             1,

@@ -40,7 +40,8 @@ def explain_cards(gpus: Sequence[Gpu]) -> str:
     one = gpus[0]
     formats = " and ".join(name for name in ("bf16", "fp16") if getattr(one, name)) or "fp32 alone"
     least, most = (size(gpu.memory_bytes for gpu in gpus[:number]) / GIB for size in (min, max))
-    because = f"{counted(number, 'GPU')} of {least:.1f} to {most:.1f} GiB with {formats}, one process each"
+    sizes = f"{least:.1f}" if f"{least:.1f}" == f"{most:.1f}" else f"{least:.1f} to {most:.1f}"
+    because = f"{counted(number, 'GPU')} of {sizes} GiB with {formats}, one process each"
     if number == 1:
         because = f"one GPU of {most:.1f} GiB with {formats}"
     if number < len(gpus):

@@ -13,9 +13,11 @@ ours contradicts it, the run is followed (tests/benchmarks/README.md has them)::
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from autoseg.errors import counted
 from autoseg.plan.draft import Choice, Draft
 from autoseg.plan.rules_data import share_of
 from autoseg.plan.weighting import BETA_INSTANCES, Occurrence, saturated, weights_by
@@ -163,8 +165,7 @@ def choose_class_weights(draft: Draft) -> Choice:
     strategy = draft["class_weighting"]
     found = occurrences_of(draft.fingerprint, [entry.name for entry in draft["classes"]], draft.dice)
     weights = weights_by(strategy, found, draft["class_balance_beta"])
-    least, most = (pick(found, key=lambda name: found[name].share) for pick in (min, max))
-    because = f"{strategy}: {_percent(found[least].share)} of {least} to {_percent(found[most].share)} of {most}"
+    because = f"{strategy}: {_extremes(found)}"
     if strategy.startswith("effective") and saturated(found):
         because += "; effective numbers of so many voxels are all alike: this is uniform"
     if strategy == "manual":
@@ -175,21 +176,39 @@ def choose_class_weights(draft: Draft) -> Choice:
     return Choice(weights, because, "class_weighting")
 
 
+def _extremes(found: Mapping[str, Occurrence]) -> str:
+    counted_ones = {name: one.share for name, one in found.items() if one.counted}
+    if not counted_ones:
+        return "nobody counted the classes"
+    least, most = (pick(counted_ones, key=counted_ones.__getitem__) for pick in (min, max))
+    shares = f"{_percent(counted_ones[least])} of {least} to {_percent(counted_ones[most])} of {most}"
+    unknown = len(found) - len(counted_ones)
+    return shares + (f"; {counted(unknown, 'class', 'are')} unknown, and taken for the median" if unknown else "")
+
+
 def occurrences_of(
     facts: Fingerprint, names: Sequence[str], dice: Mapping[str, float | None] | None = None
 ) -> dict[str, Occurrence]:
-    """Return how often each class occurs; of one that nobody counted, its reported share of a nominal volume."""
+    """Return how often each class occurs: as counted, as reported, or, where nobody knows, as often as the median."""
     shapes = {shape.name: shape.num_instances + shape.num_instances_cut for shape in facts.shapes}
+    known = {name: voxels for name in names if (voxels := _voxels_of(facts, name))[1]}
+    usual = statistics.median(positive / total for positive, total in known.values()) if known else 0.5
     found = {}
     for name in names:
-        counts = [crop.counts[name] for crop in facts.crops if name in crop.counts]
-        positive, known = sum(c.present for c in counts), sum(c.present + c.absent for c in counts)
-        if not known:
-            reported = facts.frequencies.get(name)
-            positive, known = round(NOMINAL_VOXELS * (reported.share if reported else 1.0)), NOMINAL_VOXELS
-        crops = sum(bool(crop.present(name)) for crop in facts.crops)
-        found[name] = Occurrence(positive, known, shapes.get(name) or crops, (dice or {}).get(name))
+        positive, total = known.get(name, (round(usual * NOMINAL_VOXELS), NOMINAL_VOXELS))
+        instances = shapes.get(name) or sum(bool(crop.present(name)) for crop in facts.crops)
+        found[name] = Occurrence(positive, total, instances, (dice or {}).get(name), name in known)
     return found
+
+
+def _voxels_of(facts: Fingerprint, name: str) -> tuple[int, int]:
+    """Return (positive, known) voxels of a class, of a nominal volume where its share was reported; (0, 0): unknown."""
+    counts = [crop.counts[name] for crop in facts.crops if name in crop.counts]
+    positive, known = sum(c.present for c in counts), sum(c.present + c.absent for c in counts)
+    reported = facts.frequencies.get(name)
+    if not known and reported:
+        return round(NOMINAL_VOXELS * reported.share), NOMINAL_VOXELS
+    return positive, known
 
 
 def _percent(share: float) -> str:

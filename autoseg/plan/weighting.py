@@ -27,12 +27,16 @@ MANUAL = {"nuc": 1.8, "mito_mem": 1.3, "er_mem": 1.6, "pm": 1.6, "golgi_mem": 1.
 
 
 class Occurrence(NamedTuple):
-    """How often one class occurs: its voxels, those in which it is known, its instances (or crops), its Dice."""
+    """How often one class occurs: its voxels, those in which it is known, its instances (or crops), its Dice.
+
+    What nobody `counted` is an assumption.
+    """
 
     positive: int
     known: int
     instances: int
     dice: float | None = None
+    counted: bool = True
 
     @property
     def share(self) -> float:
