@@ -175,7 +175,7 @@ def score_table(scores: Scores, beside: Mapping[str, float | None] | None = None
     by_class = {name: [Counts(r.tp, r.fp, r.fn) for r in scores.rows if r.class_ == name] for name in scores.per_class}
     said = {name: in_words(sum(crops, NOTHING), scores.per_class[name].dice) for name, crops in by_class.items()}
     if any(said.values()):
-        table.add_column("", overflow="fold")
+        table.add_column("", no_wrap=True)
     for name in sorted(scores.per_class, key=lambda name: -(scores.per_class[name].dice or 0.0)):
         score, crops = scores.per_class[name], by_class[name]
         total = sum(crops, NOTHING)
@@ -192,15 +192,17 @@ def score_table(scores: Scores, beside: Mapping[str, float | None] | None = None
     extra = (number(mean(list(beside.values()))),) if beside else ()
     overall = (number(everything.precision), number(everything.recall))
     table.add_row("mean", number(scores.mean_dice), number(scores.mean_iou), *overall, "", *extra, style="bold")
-    table.caption, table.caption_justify = "last row: mean over classes; precision and recall of all voxels", "left"
+    verdicts = {class_verdict(sum(crops, NOTHING)) for crops in by_class.values()}
+    remedies = [f"{one.words}: {one.remedy}" for one in sorted(verdicts) if one.remedy]
+    table.caption = "\n".join(["last row: mean over classes; precision and recall of all voxels", *remedies])
+    table.caption_justify = "left"
     return table
 
 
 def in_words(counts: Counts, dice: float | None) -> str:
-    """Return the band and the verdict of a class, and which field of the plan acts on it."""
-    said = class_verdict(counts)
-    words = " ".join(word for word in (band(dice) if said.words != "absent" else "", said.words) if word)
-    return f"{words} ({said.remedy})" if said.remedy else words
+    """Return the band and the verdict of a class."""
+    said = class_verdict(counts).words
+    return " ".join(word for word in (band(dice) if said != "absent" else "", said) if word)
 
 
 def change_table(new: Scores, old: Scores, title: str) -> Table:
