@@ -12,13 +12,11 @@ from rich.table import Table
 
 from autoseg.errors import DataError
 from autoseg.report.figures import Line, Point, bar, line_chart, thin
-from autoseg.report.html import Html, el, join, section, table
+from autoseg.report.html import Html, document, el, join, section, table
 from autoseg.report.palette import css, look
-from autoseg.report.style import STYLE
 from autoseg.report.terminal import MISSING, number
 from autoseg.schema import Ranking, RankRow, load_as, read_json_lines, write_atomically
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 BAR_WIDTH, BAR_GAP, BAR_HEIGHT = 14, 26, 140
 
 
@@ -69,18 +67,9 @@ def write_comparison(folder: Path, out: Path) -> None:
 
 def render(ranking: Ranking, curves: Mapping[str, tuple[list[Point], list[Point]]]) -> Html:
     """Return the whole page; `curves` are (loss, validation Dice) over steps of one run of each change."""
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        el("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name_="color-scheme", content="light dark"),
-        el("title", "comparison – autoseg report"),
-        Html(f"<style>{STYLE}</style>"),
-    )
     parts = [_verdict(ranking), _rank_section(ranking), _class_section(ranking), _curve_section(curves)]
     body = el("body", el("header", el("h1", "Comparison")), el("main", parts), el("footer", "Written by autoseg."))
-    return join(Html("<!doctype html>\n"), el("html", head, body, lang="en"))
+    return document("comparison – autoseg report", body)
 
 
 def _verdict(ranking: Ranking) -> Html:

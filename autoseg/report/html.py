@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from autoseg.report.style import STYLE
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
 VOID = frozenset({"meta", "br", "image", "rect", "line", "polyline", "path", "circle"})
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
@@ -82,3 +86,17 @@ def note(*children: Child) -> Html:
 def command(text: str) -> Html:
     """Return a command line."""
     return el("pre", el("code", text), class_="scroll", tabindex="0")
+
+
+def document(title: str, body: Html) -> Html:
+    """Return a whole page that needs no network and runs no script."""
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        el("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name_="color-scheme", content="light dark"),
+        el("title", title),
+        Html(f"<style>{STYLE}</style>"),
+    )
+    return join(Html("<!doctype html>\n"), el("html", head, body, lang="en"))

@@ -10,13 +10,10 @@ from pathlib import Path
 from autoseg.data.codes import default_cache
 from autoseg.report.artifacts import Artifacts, read_artifacts
 from autoseg.report.decisions import fingerprint_section, plan_section
-from autoseg.report.html import Html, el, join
+from autoseg.report.html import Html, document, el
 from autoseg.report.results import crop_section, headline, panel_section, score_section
-from autoseg.report.style import STYLE
 from autoseg.report.training import adaptation_section, command_section, curve_section, hardware_section
 from autoseg.schema import write_atomically
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(run: Path, out: Path, scores: Path | None, cache: Path | None = None) -> None:
@@ -43,19 +40,10 @@ def render(artifacts: Artifacts) -> Html:
     }
     anchors = ("scores", "crops", "images", "training", "plan", "data", "adaptations", "hardware", "reproduce")
     there = [(title, anchor) for (title, made), anchor in zip(sections.items(), anchors, strict=True) if made]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        el("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name_="color-scheme", content="light dark"),
-        el("title", f"{artifacts.plan.name} – autoseg report"),
-        Html(f"<style>{STYLE}</style>"),
-    )
     body = el(
         "body",
         el("header", headline(artifacts), el("nav", [el("a", title, href=f"#{anchor}") for title, anchor in there])),
         el("main", list(sections.values())),
         el("footer", "Written by autoseg report from the artifacts of the run."),
     )
-    return join(Html("<!doctype html>\n"), el("html", head, body, lang="en"))
+    return document(f"{artifacts.plan.name} – autoseg report", body)
